@@ -34,8 +34,15 @@ class CMakeBuild(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         work = Path(self.build_temp).resolve() / "cmake"
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release", "-DCONVDIT_TESTS=OFF",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-DCONVDIT_OUTPUT={out}",
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(work),
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DCONVDIT_TESTS=OFF",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCONVDIT_OUTPUT={out}",
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
