@@ -1,6 +1,7 @@
 """Builds convdit: reads the options, calls CMake, puts the compiled libraries beside the Python files.
 
-Options (environment): CONVDIT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS. Sources and flags are in CMakeLists.txt.
+Options (environment): CONVDIT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+Sources and flags are in CMakeLists.txt.
 """
 
 import os

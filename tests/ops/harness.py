@@ -99,7 +99,8 @@ def assert_rows_close(ours: Tensor, plain: Tensor, right: Tensor, dtype: torch.d
     allowed = allowed + torch.finfo(dtype).tiny * EPS[dtype] * FLOOR_ULPS
     worst = int((error - allowed).argmax())
     assert bool((error <= allowed).all()), (
-        f"{what}: row {worst}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}, largest value {r[worst].abs().max():.3g}"
+        f"{what}: row {worst}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}, "
+        f"largest value {r[worst].abs().max():.3g}"
     )
 
 
