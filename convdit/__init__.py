@@ -1,3 +1,6 @@
 """convdit: fast ConvNeXt V2, FCMAE and DiT layers for PyTorch, on CPUs and GPUs."""
 
-__version__ = "0.1.0"
+from ._library import build_info
+from ._version import __version__
+
+__all__ = ["__version__", "build_info"]

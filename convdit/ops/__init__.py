@@ -1,1 +1,7 @@
-"""Filled in by the following commits."""
+"""The operators: channels-last functions with autograd, autocast, torch.compile, export and vmap."""
+
+from convdit import _library as _library  # loads the compiled operators, or raises
+
+from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+
+__all__ = ["gated_residual", "gated_residual_layer_norm_modulate", "layer_norm_modulate"]

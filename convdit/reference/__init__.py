@@ -1,1 +1,31 @@
-"""Filled in by the following commits."""
+"""Every operator of `convdit.ops` in plain PyTorch: the definition of right.
+
+The names and signatures are the same. Written to be read and trusted, not to be fast. Every
+function runs in float64 and can be differentiated twice; in half precision per-channel parameters
+are cast to the input's dtype.
+"""
+
+from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from .attention import adaln_zero_attention, packed_attention
+from .convnext_block import convnext_block
+from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
+from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
+from .neighbors import neighbors
+from .sparse_depthwise_conv import sparse_depthwise_conv2d
+
+__all__ = [
+    "adaln_zero_attention",
+    "convnext_block",
+    "depthwise_conv2d",
+    "depthwise_conv2d_layer_norm",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "gelu_grn",
+    "grn",
+    "layer_norm_modulate",
+    "neighbors",
+    "packed_attention",
+    "sparse_depthwise_conv2d",
+    "sparse_gelu_grn",
+    "sparse_grn",
+]

@@ -1,0 +1,96 @@
+"""Finds and loads the compiled libraries, or says what is missing and how to get it.
+
+Three files lie beside this one: ``libconvdit_ops.so`` (operators, CPU), ``libconvdit_ops_cuda.so`` (operators, CUDA;
+loaded only beside a PyTorch built with CUDA) and ``_C`` (build information). ``CONVDIT_LIBRARY_DIR`` names another folder
+to take them from, such as the output of a plain CMake build.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CURE = "Build it: pip install . (or, in a checkout, python setup.py build_ext --inplace)"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("CONVDIT_LIBRARY_DIR") or Path(__file__).parent)
+
+
+def _missing(what: str, why: str) -> ImportError:
+    return ImportError(f"convdit: {what} {why}. {CURE}")
+
+
+def _load_information(folder: Path) -> ModuleType:
+    path = folder / ("_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    if not path.exists():
+        raise _missing(str(path.name), f"is missing from {folder}: convdit was not built for this Python")
+    spec = importlib.util.spec_from_file_location("convdit._C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_operators(folder: Path) -> None:
+    path = folder / "libconvdit_ops.so"
+    if not path.exists():
+        raise _missing(path.name, f"is missing from {folder}: convdit was not built")
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise _missing(path.name, f"does not load beside PyTorch {torch.__version__} ({error})") from error
+
+
+def _load_cuda(folder: Path, info: dict[str, Any]) -> None:
+    """Load the CUDA operators where they can work; otherwise set ``info['cuda']`` to False and say why."""
+    if not info["cuda"]:
+        return
+    info["cuda"] = False
+    path = folder / "libconvdit_ops_cuda.so"
+    if torch.version.cuda is None:
+        info["cuda_reason"] += f"; not loaded: PyTorch {torch.__version__} is a build without CUDA"
+    elif not path.exists():
+        info["cuda_reason"] = f"{path.name} is missing from {folder}"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            info["cuda"] = True
+        except OSError as error:
+            info["cuda_reason"] = f"{path.name} does not load beside PyTorch {torch.__version__}: {error}"
+
+
+def _check_level(info: dict[str, Any]) -> None:
+    wanted = os.environ.get("CONVDIT_CPU_LEVEL")
+    if wanted and wanted not in info["cpu_levels"]:
+        levels = ", ".join(info["cpu_levels"])
+        raise ImportError(f"CONVDIT_CPU_LEVEL: expected one of {levels}, got {wanted!r}")
+
+
+def _load() -> dict[str, Any]:
+    folder = _folder()
+    info: dict[str, Any] = _load_information(folder).build_info()
+    _check_level(info)
+    _load_operators(folder)
+    _load_cuda(folder, info)
+    return info
+
+
+_INFO = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what is in use.
+
+    Returns:
+        ``version``; ``cpu_levels``, the levels compiled, and ``cpu_level``, the one in use; ``cuda``, whether CUDA
+        operators are loaded, and ``cuda_reason``, why or why not; ``cuda_archs``; ``compiler``; ``torch_target``, the
+        oldest PyTorch that the binary runs beside, and ``torch_built``, the one it was built beside.
+    """
+    return dict(_INFO)

@@ -1,0 +1,350 @@
+"""DiT, the diffusion transformer (Peebles and Xie 2023), in its twelve sizes and four designs.
+
+Parameter names, initialisation and output are those of facebookresearch/DiT. What is wider here:
+latents of any height, width and channel count, any number of classes or none, all four designs of
+the paper, guidance over all channels, and a cache of the modulation for samplers.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from convdit.models.modulation_cache import ModulationCache
+from convdit.nn.dit_block import MODULATION_ROWS, DiTBlock, ResidualStream
+from convdit.nn.dit_embed import (
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_position_table,
+)
+
+__all__ = [
+    "DiT",
+    "DiT_models",
+    "DiT_XL_2", "DiT_XL_4", "DiT_XL_8",
+    "DiT_L_2", "DiT_L_4", "DiT_L_8",
+    "DiT_B_2", "DiT_B_4", "DiT_B_8",
+    "DiT_S_2", "DiT_S_4", "DiT_S_8",
+    "FinalLayer",
+    "LabelEmbedder",
+    "PatchEmbed",
+    "TimestepEmbedder",
+    "sincos_position_table",
+]  # fmt: skip
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: predicts the noise in x at timestep t, and its variance if learned.
+
+    `input_size` is the height and width of x, an int for a square; `num_classes` 0 makes the model
+    unconditional. `label_init_std` is the spread of the untrained label table: 0.02 as published;
+    short trainings learn the classes sooner with 0.3. `conditioning` is explained at `nn.DiTBlock`.
+    An untrained model returns exactly zero.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        conditioning: str = "adaln_zero",
+        label_init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height % patch_size or width % patch_size or height < 1 or width < 1:
+            raise ValueError(
+                f"input_size must be a multiple of patch_size {patch_size}, got {input_size}"
+            )
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob must be in 0..1, got {class_dropout_prob}")
+        self.input_size = (height, width)
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.learn_sigma = learn_sigma
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
+        self.conditioning = conditioning
+        self.label_init_std = label_init_std
+        self._cache: ModulationCache | None = None
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        if num_classes > 0:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, math.prod(self.grid), hidden_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio, conditioning) for _ in range(depth)
+        )
+        modulated = MODULATION_ROWS[conditioning] > 0
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, modulated)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter as the public implementation does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.flatten(1))  # a view: fills the kernel itself
+        nn.init.zeros_(patch.bias)
+        if self.num_classes > 0:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_init_std)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if MODULATION_ROWS[self.conditioning]:
+            for block in self.blocks:
+                block.zero_modulation()
+            nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_position_table(self.hidden_size, self.grid))
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None
+    ) -> Tensor:
+        """The predicted noise, (N, C, H, W); (N, 2C, H, W) with the variance where it is learned.
+
+        x is (N, C, H, W) and is taken in the dtype of the weights; t (N,) holds timesteps. y holds
+        int labels (N,), num_classes being the null class; or embeddings (N, D) in their place; or,
+        for conditioning "cross_attention", a sequence of embeddings (N, S, D) with an optional
+        boolean `y_mask` (N, S), True = attend. Raises ValueError or TypeError, naming the argument,
+        for anything else.
+        """
+        self._check(x, t, y, y_mask)
+        stream = ResidualStream(self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed)
+        if self._cache is not None:
+            *rows, last = self._cache.lookup(t, y)
+            for block, modulation in zip(self.blocks, rows, strict=True):
+                stream = block(stream, modulation=modulation)
+            return self.unpatchify(self.final_layer(stream, last))
+        c, mask = self.condition(t, y, y_mask)
+        if self.conditioning == "in_context":
+            stream = ResidualStream(torch.cat([stream.x, c], dim=1))
+            c = None
+        for block in self.blocks:
+            stream = block(stream, c, mask)
+        if self.conditioning == "in_context":
+            stream = ResidualStream(stream.total()[:, : self.pos_embed.shape[1]])
+        last = self.final_layer.modulation(c) if MODULATION_ROWS[self.conditioning] else None
+        return self.unpatchify(self.final_layer(stream, last))
+
+    def condition(
+        self, t: Tensor, y: Tensor | None, y_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the blocks are told: timestep + class (N, D), or both as tokens (N, S, D).
+
+        The second value is the tokens' mask (N, S), where one was given.
+        """
+        time = self.t_embedder(t)
+        if y is None:
+            label = None
+        elif y.is_floating_point():
+            label = y.to(self.pos_embed.dtype)
+        else:
+            label = self.y_embedder(y)
+        if MODULATION_ROWS[self.conditioning]:
+            return (time if label is None else time + label), None
+        if label is None:
+            return time[:, None], None
+        tokens = label if label.ndim == 3 else label[:, None]
+        if y_mask is not None:  # the timestep's token always counts
+            y_mask = torch.cat([y_mask.new_ones(len(y_mask), 1), y_mask], dim=1)
+        return torch.cat([time[:, None], tokens], dim=1), y_mask
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(N, T, p*p*C), channels innermost, to (N, C, H, W)."""
+        rows, columns = self.grid
+        p = self.patch_size
+        pixels = tokens.reshape(len(tokens), rows, columns, p, p, self.out_channels)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, *self.input_size)
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float,
+        channels: str = "first3",
+    ) -> Tensor:
+        """Classifier-free guidance: `null + cfg_scale * (conditional - null)` on the noise.
+
+        The variance, where it is learned, is not guided. `channels` "first3" guides only the first
+        three channels of the noise, as the public implementation does; "all" guides them all.
+
+        Takes the public form, in which x, t and y hold the batch twice, the second half of y all
+        null labels (only the first half of x is read, and both halves are returned); or the plain
+        batch, for which the null half is added here and the guided half returned.
+        """
+        if channels not in ("first3", "all"):
+            raise ValueError(f'channels must be "first3" or "all", got {channels!r}')
+        self._check(x, t, y, None)
+        half, odd = divmod(len(x), 2)
+        doubled = not odd and bool((y[half:] == self.null_label).all())
+        if doubled:
+            x = x[:half]
+        else:
+            t = torch.cat([t, t])
+            y = torch.cat([y, torch.full_like(y, self.null_label)])
+        out = self.forward(torch.cat([x, x]), t, y)
+        guided = self.in_channels if channels == "all" else min(3, self.in_channels)
+        conditional, null = out[:, :guided].chunk(2)
+        noise = null + cfg_scale * (conditional - null)
+        if doubled:
+            return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
+        return torch.cat([noise, out[: len(x), guided:]], dim=1)
+
+    @property
+    def null_label(self) -> int:
+        """The label of the null class, which exists only where labels are dropped in training."""
+        if self.num_classes == 0 or self.class_dropout_prob == 0:
+            raise ValueError(
+                "guidance needs a null class: num_classes > 0 and class_dropout_prob > 0, got "
+                f"{self.num_classes} and {self.class_dropout_prob}"
+            )
+        return self.num_classes
+
+    @contextmanager
+    def cache_modulation(
+        self,
+        timesteps: Sequence[int] | Tensor,
+        y: Tensor | None = None,
+        guidance: bool = False,
+    ) -> Iterator[ModulationCache]:
+        """Inside the context, forwards read their modulation from a table made once on entry.
+
+        Timestep and class do not depend on x, so a sampler knows them beforehand: `timesteps` are
+        those that the model will be called with (`GaussianDiffusion.timesteps`), y the labels (N,)
+        of the batch; `guidance=True` adds the null label. Another timestep or label raises
+        ValueError and names it. For sampling: no gradient reaches the embedders, no label is
+        dropped. Equal to the uncached result to rounding. Gives a ModulationCache; its `.nbytes` is
+        the memory it takes: timesteps * distinct labels * (6 * depth + 2) * hidden_size numbers.
+        """
+        if guidance:
+            if y is None:
+                raise ValueError("y must hold the labels (N,) where guidance=True, got None")
+            y = torch.cat([y, y.new_full((1,), self.null_label)])
+        before, self._cache = self._cache, ModulationCache(self, timesteps, y)
+        try:
+            yield self._cache
+        finally:
+            self._cache = before
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor | None, y_mask: Tensor | None) -> None:
+        expected = (self.in_channels, *self.input_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            wanted = ", ".join(map(str, expected))
+            raise ValueError(f"x must be (N, {wanted}), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must have a floating dtype, got {x.dtype}")
+        if tuple(t.shape) != (len(x),):
+            raise ValueError(f"t must be (N,) = ({len(x)},), got {tuple(t.shape)}")
+        self._check_label(y, len(x))
+        if y_mask is None:
+            return
+        if self.conditioning != "cross_attention" or y is None or y.ndim != 3:
+            raise ValueError("y_mask goes with embeddings y (N, S, D) and cross_attention only")
+        if y_mask.dtype != torch.bool:
+            raise TypeError(f"y_mask must be boolean, True = attend, got {y_mask.dtype}")
+        if y_mask.shape != y.shape[:2]:
+            raise ValueError(f"y_mask must be {tuple(y.shape[:2])}, got {tuple(y_mask.shape)}")
+
+    def _check_label(self, y: Tensor | None, batch: int) -> None:
+        if y is None:
+            if self.num_classes > 0:
+                raise ValueError(f"y must hold labels (N,) of {self.num_classes} classes, got None")
+            return
+        if not y.is_floating_point():
+            if self.num_classes == 0:
+                raise ValueError("y must be None or embeddings: the model has num_classes=0")
+            if y.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"y must hold int32 or int64 labels or embeddings, got {y.dtype}")
+            if tuple(y.shape) != (batch,):
+                raise ValueError(f"y must be (N,) = ({batch},) labels, got {tuple(y.shape)}")
+            return
+        ranks = (2, 3) if self.conditioning == "cross_attention" else (2,)
+        if y.ndim not in ranks or len(y) != batch or y.shape[-1] != self.hidden_size:
+            wanted = " or ".join(f"({batch}, {'S, ' * (r - 2)}{self.hidden_size})" for r in ranks)
+            raise ValueError(f"y: embeddings must be {wanted}, got {tuple(y.shape)}")
+
+
+def DiT_XL_2(**kwargs) -> DiT:
+    return DiT(depth=28, hidden_size=1152, patch_size=2, num_heads=16, **kwargs)
+
+
+def DiT_XL_4(**kwargs) -> DiT:
+    return DiT(depth=28, hidden_size=1152, patch_size=4, num_heads=16, **kwargs)
+
+
+def DiT_XL_8(**kwargs) -> DiT:
+    return DiT(depth=28, hidden_size=1152, patch_size=8, num_heads=16, **kwargs)
+
+
+def DiT_L_2(**kwargs) -> DiT:
+    return DiT(depth=24, hidden_size=1024, patch_size=2, num_heads=16, **kwargs)
+
+
+def DiT_L_4(**kwargs) -> DiT:
+    return DiT(depth=24, hidden_size=1024, patch_size=4, num_heads=16, **kwargs)
+
+
+def DiT_L_8(**kwargs) -> DiT:
+    return DiT(depth=24, hidden_size=1024, patch_size=8, num_heads=16, **kwargs)
+
+
+def DiT_B_2(**kwargs) -> DiT:
+    return DiT(depth=12, hidden_size=768, patch_size=2, num_heads=12, **kwargs)
+
+
+def DiT_B_4(**kwargs) -> DiT:
+    return DiT(depth=12, hidden_size=768, patch_size=4, num_heads=12, **kwargs)
+
+
+def DiT_B_8(**kwargs) -> DiT:
+    return DiT(depth=12, hidden_size=768, patch_size=8, num_heads=12, **kwargs)
+
+
+def DiT_S_2(**kwargs) -> DiT:
+    return DiT(depth=12, hidden_size=384, patch_size=2, num_heads=6, **kwargs)
+
+
+def DiT_S_4(**kwargs) -> DiT:
+    return DiT(depth=12, hidden_size=384, patch_size=4, num_heads=6, **kwargs)
+
+
+def DiT_S_8(**kwargs) -> DiT:
+    return DiT(depth=12, hidden_size=384, patch_size=8, num_heads=6, **kwargs)
+
+
+DiT_models = {
+    "DiT-XL/2": DiT_XL_2,
+    "DiT-XL/4": DiT_XL_4,
+    "DiT-XL/8": DiT_XL_8,
+    "DiT-L/2": DiT_L_2,
+    "DiT-L/4": DiT_L_4,
+    "DiT-L/8": DiT_L_8,
+    "DiT-B/2": DiT_B_2,
+    "DiT-B/4": DiT_B_4,
+    "DiT-B/8": DiT_B_8,
+    "DiT-S/2": DiT_S_2,
+    "DiT-S/4": DiT_S_4,
+    "DiT-S/8": DiT_S_8,
+}

@@ -1,0 +1,224 @@
+"""The transformer block of DiT (Peebles and Xie 2023, figure 3) in its four designs.
+
+Parameter names are those of facebookresearch/DiT: `attn.qkv`, `attn.proj`, `mlp.fc1`, `mlp.fc2`,
+`adaLN_modulation.1`. The two designs of the paper that have no public code add `norm1`, `norm2`,
+`norm_cross` and `cross_attn.{q,k,v,proj}`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convdit import ops
+
+EPS = 1e-6
+
+# Vectors of width D that a design's adaLN predicts: shift, scale (and gate) for each half-block.
+MODULATION_ROWS = {"adaln_zero": 6, "adaln": 4, "cross_attention": 0, "in_context": 0}
+CONDITIONINGS = tuple(MODULATION_ROWS)
+
+
+class ResidualStream(NamedTuple):
+    """The residual stream between two half-blocks, its last branch not yet added.
+
+    Leaving the addition to the next half-block lets one operator add, normalise and modulate while
+    the stream is in cache. `x` and `branch` are (B, T, D); `gate` is (B, D), or None for a plain
+    sum.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """(B, T, D): the stream with the pending branch added."""
+        if self.branch is None:
+            return self.x
+        if self.gate is None:
+            return self.x + self.branch
+        return ops.gated_residual(self.x, self.branch, self.gate)
+
+    def norm_modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """`(total, LN(total) * (1 + scale) + shift)`: the start of the next branch."""
+        if self.gate is None:
+            x = self.total()
+            return x, ops.layer_norm_modulate(x, shift, scale, EPS)
+        return ops.gated_residual_layer_norm_modulate(
+            self.x, self.branch, self.gate, shift, scale, EPS
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, D) to (B, T, D), straight on what the qkv Linear wrote."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(ops.packed_attention(self.qkv(x), self.num_heads))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (B, T, D) over tokens (B, S, D); a mask (B, S) is True = attend."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.q(x), self.k(tokens), self.v(tokens))
+        )
+        keep = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two Linears around the tanh form of GELU, as in the public DiT."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """One transformer block: self-attention, then an MLP, each on a normalised residual stream.
+
+    `conditioning` says how the block learns of the timestep and the class:
+
+    - "adaln_zero": c (B, D) gives shift, scale and gate for each half, zero at initialisation, so
+      that an untrained block is the identity;
+    - "adaln": the same without gates;
+    - "cross_attention": attention over the tokens c (B, S, D), between self-attention and MLP;
+    - "in_context": not at all; the condition is among the tokens of x.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        conditioning: str = "adaln_zero",
+    ) -> None:
+        super().__init__()
+        if conditioning not in MODULATION_ROWS:
+            raise ValueError(f"conditioning must be one of {CONDITIONINGS}, got {conditioning!r}")
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
+            )
+        self.conditioning = conditioning
+        self.hidden_size = hidden_size
+        rows = MODULATION_ROWS[conditioning]
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        if rows:
+            self.adaLN_modulation = nn.Sequential(
+                nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size)
+            )
+            self.zero_modulation()
+            return
+        self.norm1 = nn.LayerNorm(hidden_size, eps=EPS)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=EPS)
+        if conditioning == "cross_attention":
+            self.norm_cross = nn.LayerNorm(hidden_size, eps=EPS)
+            self.cross_attn = CrossAttention(hidden_size, num_heads)
+
+    def zero_modulation(self) -> None:
+        """Sets the adaLN to predict zeros, whatever the condition."""
+        nn.init.zeros_(self.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.adaLN_modulation[1].bias)
+
+    def modulation(self, c: Tensor) -> Tensor:
+        """What the block's adaLN predicts from c (B, D): (B, 6, D), or (B, 4, D) without gates.
+
+        Rows in order: shift, scale, gate of the attention half, then of the MLP half.
+        """
+        return self.adaLN_modulation(c).unflatten(-1, (-1, self.hidden_size))
+
+    def forward(
+        self,
+        x: Tensor | ResidualStream,
+        c: Tensor | None = None,
+        mask: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor | ResidualStream:
+        """x (B, T, D) to (B, T, D); a ResidualStream gives a ResidualStream, its last sum pending.
+
+        c is (B, D) for the two adaLN designs, tokens (B, S, D) with an optional boolean mask
+        (B, S), True = attend, for "cross_attention", and nothing for "in_context". `modulation`, as
+        `self.modulation(c)` gives it, takes the place of c. Raises ValueError or TypeError for
+        another shape or dtype.
+        """
+        stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
+        self._check(stream.x, c, mask, modulation)
+        if MODULATION_ROWS[self.conditioning]:
+            rows = self.modulation(c) if modulation is None else modulation
+            stream = self._modulated(stream, rows)
+        else:
+            stream = self._plain(stream, c, mask)
+        return stream if isinstance(x, ResidualStream) else stream.total()
+
+    def _modulated(self, stream: ResidualStream, modulation: Tensor) -> ResidualStream:
+        if self.conditioning == "adaln_zero":
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
+        else:
+            shift1, scale1, shift2, scale2 = modulation.unbind(1)
+            gate1 = gate2 = None
+        x, normed = stream.norm_modulate(shift1, scale1)
+        x, normed = ResidualStream(x, self.attn(normed), gate1).norm_modulate(shift2, scale2)
+        return ResidualStream(x, self.mlp(normed), gate2)
+
+    def _plain(
+        self, stream: ResidualStream, tokens: Tensor | None, mask: Tensor | None
+    ) -> ResidualStream:
+        x = stream.total()
+        x = x + self.attn(self.norm1(x))
+        if self.conditioning == "cross_attention":
+            x = x + self.cross_attn(self.norm_cross(x), tokens, mask)
+        return ResidualStream(x, self.mlp(self.norm2(x)))
+
+    def _check(
+        self, x: Tensor, c: Tensor | None, mask: Tensor | None, modulation: Tensor | None
+    ) -> None:
+        width, rows = self.hidden_size, MODULATION_ROWS[self.conditioning]
+        if x.ndim != 3 or x.shape[2] != width:
+            raise ValueError(f"x must be (B, T, {width}), got {tuple(x.shape)}")
+        batch = x.shape[0]
+        if rows and modulation is not None:
+            _check_shape("modulation", modulation, (batch, rows, width))
+        elif rows:
+            _check_shape("c", c, (batch, width))
+        elif self.conditioning == "cross_attention":
+            _check_shape("c", c, (batch, None, width))
+        if mask is None:
+            return
+        if self.conditioning != "cross_attention":
+            raise ValueError(f"mask is for cross_attention, not for {self.conditioning}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean, True = attend, got {mask.dtype}")
+        _check_shape("mask", mask, (batch, c.shape[1]))
+
+
+def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
+    got = () if tensor is None else tuple(tensor.shape)
+    same_rank = len(got) == len(expected)
+    if same_rank and all(e in (None, g) for e, g in zip(expected, got, strict=True)):
+        return
+    wanted = ", ".join("S" if e is None else str(e) for e in expected)
+    raise ValueError(f"{name} must be ({wanted}) here, got {None if tensor is None else got}")

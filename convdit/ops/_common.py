@@ -1,0 +1,95 @@
+"""What the operator files share: the compiled library's namespace, and the dtype rules of arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+library = torch.ops.convdit
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, *HALVES)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 otherwise: the dtype that kernels sum and take parameters in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, value: object) -> None:
+    """A tensor of one of the four dtypes that the operators take."""
+    check_tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected float32, float64, bfloat16 or float16, got {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def parameter(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """A per-channel parameter in the dtype that kernels take it in; autograd casts its gradient back.
+
+    A float64 x takes float64 parameters only; the other dtypes mix freely, as under autocast.
+    """
+    wanted = accumulate_dtype(x.dtype)
+    if value.dtype == wanted:
+        return value
+    check_floating(name, value)
+    if torch.float64 in (value.dtype, wanted):
+        raise TypeError(
+            f"{name}: expected the dtype of x ({str(x.dtype).removeprefix('torch.')}), "
+            f"got {str(value.dtype).removeprefix('torch.')}"
+        )
+    return value.to(wanted)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on for its device, as PyTorch treats a convolution's input."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALVES):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd (or torch.func) must see this call; if not, the forward operator is called directly."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def register_vmap(name: str, folded: tuple[int, ...]) -> None:
+    """Teach vmap the operator ``convdit::name``.
+
+    The arguments numbered in ``folded`` start with the sample axis: where only they are mapped over, the mapped axis is
+    folded into it and the operator is called once. Otherwise it is called once for each index.
+    """
+    operator = getattr(library, name)
+
+    def split(result: Tensor, size: int) -> Tensor:
+        return result.unflatten(0, (size, -1)) if result.shape[0] else result.new_empty((size, *result.shape))
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+        mapped = [i for i, axis in enumerate(in_dims) if axis is not None]
+        args = [a if axis is None else a.movedim(axis, 0) for a, axis in zip(args, in_dims, strict=True)]
+        if all(i in folded for i in mapped):
+            folds = [
+                a if i not in folded or not isinstance(a, Tensor)
+                else (a if i in mapped else a.expand(size, *a.shape)).flatten(0, 1)
+                for i, a in enumerate(args)
+            ]
+            out = operator(*folds)
+            results = out if isinstance(out, tuple) else (out,)
+            if all(r.shape[0] == folds[mapped[0]].shape[0] for r in results):
+                results = tuple(split(r, size) for r in results)
+                return (results, (0,) * len(results)) if isinstance(out, tuple) else (results[0], 0)
+        rows = [operator(*(a[k] if i in mapped else a for i, a in enumerate(args))) for k in range(size)]
+        if not isinstance(rows[0], tuple):
+            return torch.stack(rows), 0
+        return tuple(torch.stack(r) for r in zip(*rows, strict=True)), (0,) * len(rows[0])
+
+    torch.library.register_vmap(f"convdit::{name}", rule)

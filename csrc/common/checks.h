@@ -1,0 +1,173 @@
+// What every torch.cpp shares: argument checks, launching on either device, registration. The only header here, beside
+// the torch.cpp files, that knows PyTorch; it uses the stable ABI alone, so one build serves every later PyTorch.
+//
+// torch.cpp is compiled once for each device. The CPU build defines the schemas (CONVDIT_SCHEMAS); both implement them
+// (CONVDIT_KERNELS). CONVDIT_RUN(room, function, tensor, params) calls the CPU kernel of the level in use, or the CUDA
+// launcher on the tensor's device and PyTorch's current stream.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "common/cpu_level.h"
+#include "common/parallel.h"
+#include "common/types.h"
+
+namespace convdit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws with a message that names the argument, what was expected and what came (and no source file, unlike PyTorch's).
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+#define CONVDIT_CHECK(condition, ...) \
+  if (!(condition)) ::convdit::fail(__VA_ARGS__)
+
+inline std::string describe(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ")";
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      fail(name, ": expected float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+  }
+}
+
+// The dtype that per-channel parameters and statistics of x have: float32, or float64 for float64.
+inline ScalarType accumulate_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType expected) {
+  CONVDIT_CHECK(t.scalar_type() == expected, name, ": expected dtype ", dtype_name(expected), ", got ", dtype_name(t.scalar_type()));
+}
+
+inline void check_dim(const char* name, const Tensor& t, int64_t dim, const char* axes) {
+  CONVDIT_CHECK(t.dim() == dim, name, ": expected ", dim, " dimensions ", axes, ", got shape ", describe(t));
+}
+
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+  bool same = t.dim() == static_cast<int64_t>(expected.size());
+  std::ostringstream wanted;
+  int64_t i = 0;
+  for (int64_t size : expected) {
+    wanted << (i ? ", " : "") << size;
+    same = same && t.size(i) == size;
+    ++i;
+  }
+  CONVDIT_CHECK(same, name, ": expected shape (", wanted.str(), "), got ", describe(t));
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  CONVDIT_CHECK(t.is_cpu() == other.is_cpu() && t.get_device_index() == other.get_device_index(), name,
+                  ": expected the device of ", other_name, ", got another one");
+}
+
+// A per-channel parameter of x: right shape, x's device, accumulate dtype; contiguous on return.
+inline Tensor check_parameter(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& x) {
+  check_same_device(name, t, "x", x);
+  check_shape(name, t, shape);
+  check_dtype(name, t, accumulate_dtype(x));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+inline Tensor allocate_zeros(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_zeros(like, shape, dtype);
+}
+inline Tensor allocate_like(const Tensor& t) {  // contiguous, whatever t's strides
+  return torch::stable::new_empty(t, t.sizes());
+}
+
+// CPU threads: PyTorch's own, as many as torch.get_num_threads() says; tasks are pulled from a counter.
+inline Runner torch_runner() {
+  Runner runner;
+  runner.threads = torch::stable::get_num_threads();
+  runner.run = [](int64_t tasks, Runner::Body body, const void* closure) {
+    std::atomic<int64_t> next{0};
+    const int64_t threads = torch::stable::get_num_threads();
+    torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
+      for (int64_t task = next.fetch_add(1, std::memory_order_relaxed); task < tasks;
+           task = next.fetch_add(1, std::memory_order_relaxed))
+        body(closure, task);
+    });
+  };
+  return runner;
+}
+
+}  // namespace convdit
+
+
+#ifdef CONVDIT_DEVICE_CUDA
+#include <cuda_runtime_api.h>
+namespace convdit {
+inline void check_launch(int status, const char* what) {
+  if (status == 0) return;
+  const auto error = static_cast<cudaError_t>(status);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    fail(what, ": this build of convdit has no code for this GPU (compute capability ", major, ".", minor,
+                    "); convdit.build_info()['cuda_archs'] lists what it has. Rebuild with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
+  }
+  fail(what, ": CUDA launch failed: ", cudaGetErrorString(error));
+}
+inline void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+}  // namespace convdit
+#define CONVDIT_RUN(room, function, tensor, params)                                          \
+  do {                                                                                       \
+    torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());              \
+    convdit::check_launch(convdit::cuda::room##_##function(params, convdit::current_stream(tensor)), #function); \
+  } while (0)
+#define CONVDIT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(convdit, CUDA, m)
+#else
+#define CONVDIT_RUN(room, function, tensor, params) convdit::room##_table().function(params, convdit::torch_runner())
+#define CONVDIT_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(convdit, m)
+#define CONVDIT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(convdit, CPU, m)
+#endif

@@ -1,0 +1,45 @@
+#include "common/cpu_level.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace convdit {
+namespace {
+
+CpuLevel best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return CpuLevel::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return CpuLevel::avx2;
+#endif
+  return CpuLevel::baseline;
+}
+
+CpuLevel detect() {
+  const CpuLevel best = best_level();
+  const char* wanted = std::getenv("CONVDIT_CPU_LEVEL");
+  if (wanted == nullptr) return best;
+  for (int level = 0; level < static_cast<int>(best); ++level)
+    if (std::strcmp(wanted, cpu_level_name(static_cast<CpuLevel>(level))) == 0) return static_cast<CpuLevel>(level);
+  return best;
+}
+
+}  // namespace
+
+CpuLevel cpu_level() {
+  static const CpuLevel level = detect();
+  return level;
+}
+
+const char* cpu_level_name(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::avx512: return "avx512";
+    case CpuLevel::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+}  // namespace convdit

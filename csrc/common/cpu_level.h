@@ -1,0 +1,32 @@
+// CPU levels: each kernel file is compiled once for each level, into a namespace of the level's name, and exports one
+// constant table of function pointers. The binding picks the table of the best level that this machine runs.
+#pragma once
+
+namespace convdit {
+
+enum class CpuLevel : int { baseline, avx2, avx512 };
+
+// The best level of this machine, or the lower one named by the environment variable CONVDIT_CPU_LEVEL; read once.
+CpuLevel cpu_level();
+const char* cpu_level_name(CpuLevel level);
+
+}  // namespace convdit
+
+// Declares one table a level and `Type const& name_table()`, which picks.
+#if defined(__x86_64__)
+#define CONVDIT_CPU_TABLE(Type, name)                          \
+  namespace baseline { extern const Type name; }               \
+  namespace avx2 { extern const Type name; }                   \
+  namespace avx512 { extern const Type name; }                 \
+  inline const Type& name##_table() {                          \
+    switch (cpu_level()) {                                     \
+      case CpuLevel::avx512: return avx512::name;              \
+      case CpuLevel::avx2: return avx2::name;                  \
+      default: return baseline::name;                          \
+    }                                                          \
+  }
+#else
+#define CONVDIT_CPU_TABLE(Type, name)                          \
+  namespace baseline { extern const Type name; }               \
+  inline const Type& name##_table() { return baseline::name; }
+#endif

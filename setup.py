@@ -1,0 +1,55 @@
+"""Builds convdit: reads the options, calls CMake, puts the compiled libraries beside the Python files.
+
+Options (environment): CONVDIT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS. Sources and flags are in CMakeLists.txt.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+GIB_PER_JOB = 2  # what one nvcc or unrolled kernel needs at its peak
+
+
+def jobs() -> int:
+    """MAX_JOBS, or one job a core, but never more than memory allows."""
+    wanted = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    try:
+        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError):
+        return max(1, wanted)
+    return max(1, min(wanted, int(gib // GIB_PER_JOB)))
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit("convdit: cmake is missing. Cure: pip install cmake ninja")
+        out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        work = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release", "-DCONVDIT_TESTS=OFF",
+            f"-DPython_EXECUTABLE={sys.executable}", f"-DCONVDIT_OUTPUT={out}",
+        ]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run([cmake, "--build", str(work), "-j", str(jobs())], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"convdit: the build failed (exit status {error.returncode}); CMake's message above says why")
+
+    def copy_extensions_to_source(self) -> None:
+        """In place and editable builds: all the libraries go beside the Python files, not only ``_C``."""
+        out = Path(self.build_lib) / "convdit"
+        for library in out.glob("*.so"):
+            shutil.copy2(library, ROOT / "convdit")
+
+
+setup(ext_modules=[Extension("convdit._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
