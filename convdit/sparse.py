@@ -49,13 +49,13 @@ def random_patch_mask(
     return removed.view(n, rows, columns)
 
 
-def visible_patches(patches: int, ratio: float) -> int:
+def visible_patches(patches: int, ratio: float, name: str = "ratio") -> int:
     """How many of an image's patches a mask of this ratio keeps; ValueError if none."""
     if not 0 <= ratio < 1:
-        raise ValueError(f"ratio: expected a share of patches to remove in [0, 1), got {ratio}")
+        raise ValueError(f"{name}: expected a share of patches to remove in [0, 1), got {ratio}")
     kept = int(patches * (1 - ratio))
     if kept < 1:
-        raise ValueError(f"ratio: {ratio} of {patches} patches leaves no visible patch")
+        raise ValueError(f"{name}: {ratio} of {patches} patches leaves no visible patch")
     return kept
 
 
