@@ -3,6 +3,14 @@
 from convdit import _library as _library  # loads the compiled operators, or raises
 
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from .attention import adaln_zero_attention, packed_attention
 from .sites import neighbors
 
-__all__ = ["gated_residual", "gated_residual_layer_norm_modulate", "layer_norm_modulate", "neighbors"]
+__all__ = [
+    "adaln_zero_attention",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "layer_norm_modulate",
+    "neighbors",
+    "packed_attention",
+]
