@@ -3,5 +3,6 @@
 from convdit import _library as _library  # loads the compiled operators, or raises
 
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from .sites import neighbors
 
-__all__ = ["gated_residual", "gated_residual_layer_norm_modulate", "layer_norm_modulate"]
+__all__ = ["gated_residual", "gated_residual_layer_norm_modulate", "layer_norm_modulate", "neighbors"]
