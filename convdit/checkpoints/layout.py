@@ -36,18 +36,17 @@ _HEAD = re.compile(r"(?:norm|head)\..+")
 
 
 def is_decoder_key(key: str) -> bool:
-    """Whether a tensor of this name belongs to FCMAE's decoder (mask token, projection, blocks, prediction)."""
+    """Whether a tensor of this name belongs to FCMAE's decoder or is its mask token."""
     return _DECODER.fullmatch(key) is not None
 
 
 def split(
     state: Mapping[str, Tensor],
 ) -> tuple[OrderedDict[str, Tensor], OrderedDict[str, Tensor], bool]:
-    """Takes an FCMAE apart: (ConvNeXt without the prefix, decoder, whether the prefix was there).
+    """Takes an FCMAE apart: (ConvNeXt, decoder, whether the names had the prefix `encoder.`).
 
     A bare ConvNeXt comes back whole. A final norm and a head may stand beside a prefixed encoder,
-    as in a fine-tuned state; any other name without the prefix is kept as it is and becomes an
-    unexpected key later.
+    as in a fine-tuned state; any other name without the prefix raises ValueError.
     """
     prefixed = any(key.startswith(_PREFIX) for key in state)
     body: OrderedDict[str, Tensor] = OrderedDict()

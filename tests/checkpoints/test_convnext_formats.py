@@ -170,7 +170,7 @@ def test_what_does_not_fit_the_target_raises(classifier):
     with pytest.raises(ValueError, match="grn.gamma"):
         checkpoints.convert(classifier(version=1), "convnextv2_official")
     with pytest.raises(ValueError, match="ConvNeXt checkpoint cannot be written"):
-        checkpoints.convert(classifier(), "sit")
+        checkpoints.convert(classifier(), "diffusers")
     with pytest.raises(ValueError, match="to: expected one of .*got 'onnx'"):
         checkpoints.convert(classifier(), "onnx")
     with pytest.raises(ValueError, match="source: expected one of .*got 'keras'"):
