@@ -101,6 +101,8 @@ def convert(
             raise ValueError(f"{name}: expected one of {', '.join(formats())}, got {value!r}")
     state = unwrap(state_dict)
     source = source or _detect(state)
+    if input_size is not None and dit_official.is_dit(state):
+        state = dit_official.with_positions(state, {**facts_of(state), **_grid(state, input_size)})
     ours, facts = _FORMATS[source].read(state)
     facts = {**facts_of(state), **facts}
     is_dit = dit_official.is_dit(ours)
@@ -125,7 +127,10 @@ def _grid(
     """The grid of patches of a DiT, where it is told or its stored position table is square."""
     if input_size is not None:
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        patch = ours["x_embedder.proj.weight"].shape[-1]
+        weight = ours.get("x_embedder.proj.weight")
+        if weight is None or weight.ndim != 4:
+            return {}  # reading the state will say so
+        patch = weight.shape[-1]
         if height < 1 or width < 1 or height % patch or width % patch:
             raise ValueError(f"input_size: expected multiples of patch {patch}, got {input_size}")
         grid = (height // patch, width // patch)

@@ -32,7 +32,7 @@ def matches(state: Mapping[str, Tensor]) -> bool:
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
     """Checks the state and brings it to our exact layout."""
     if dit_official.is_dit(state):
-        dit_official.check_dit(state, _WHAT, stored_positions=False)
+        dit_official.check_dit(state, _WHAT)
         return OrderedDict(state), {}
     state, _ = rename(state, lambda key: key, flat_grn)
     body, decoder, prefixed = split(state)

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from convdit.checkpoints.dit_official import check_dit
+from convdit.checkpoints.files import with_facts
+from convdit.checkpoints.layout import raise_mismatch
 from convdit.checkpoints.names import KeyTable, rename
 from convdit.nn.dit_embed import sincos_position_table
 
@@ -68,47 +70,57 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
     parts: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, dict[int, Tensor]] = {}
     rest: dict[str, Tensor] = {}
-    unknown = []
     for key, tensor in state.items():
-        if part := _PART.fullmatch(key):
+        part, copy = _PART.fullmatch(key), _COPY.fullmatch(key)
+        if part:
             parts.setdefault(f"blocks.{part[1]}.attn.qkv.{part[3]}", {})[part[2]] = tensor
-        elif copy := _COPY.fullmatch(key):
-            ours = _EMBEDDERS.ours(copy[2])
-            if ours is None:
-                unknown.append(key)
-            else:
-                copies.setdefault(ours, {})[int(copy[1])] = tensor
+        elif copy and _EMBEDDERS.ours(copy[2]):
+            copies.setdefault(_EMBEDDERS.ours(copy[2]), {})[int(copy[1])] = tensor
         else:
             rest[key] = tensor
     facts = _take_table(rest)
-    ours, unnamed = rename(rest, _TABLE.ours, lambda old, new, tensor: tensor)
-    unknown += unnamed
-    missing = []
-    for key, qkv in parts.items():
-        missing += [_part_name(key, letter) for letter in "qkv" if letter not in qkv]
-        ours[key] = torch.cat([qkv[letter] for letter in "qkv" if letter in qkv])
-    blocks = sorted({int(key.split(".")[1]) for key in ours if key.startswith("blocks.")})
+    ours, unknown = rename(rest, _TABLE.ours, lambda old, new, tensor: tensor)
+    missing = [
+        _part_name(key, letter)
+        for key, qkv in parts.items()
+        for letter in "qkv"
+        if letter not in qkv
+    ]
+    blocks = {int(key.split(".")[1]) for key in [*ours, *parts] if key.startswith("blocks.")}
     for key, by_block in copies.items():
-        missing += [_copy_name(key, i) for i in blocks if i not in by_block]
-        first = min(by_block)
-        for i, tensor in by_block.items():
-            if not torch.equal(tensor, by_block[first]):
-                raise ValueError(
-                    f"{_copy_name(key, i)!r} differs from {_copy_name(key, first)!r}: a DiT has "
-                    "one embedder for all blocks"
-                )
-        ours[key] = by_block[first]
-    if missing:
-        raise ValueError(f"this is not a DiT in the names of diffusers: missing keys: {missing}")
+        missing += [_copy_name(key, i) for i in sorted(blocks - by_block.keys())]
+        unknown += [_copy_name(key, i) for i in sorted(by_block.keys() - blocks)]
     what = "this is not a DiT in the names of diffusers"
-    check_dit(ours, what, _their_name, unknown, "adaln_zero", stored_positions=False)
+    raise_mismatch(what, missing, unknown)
+    ours.update((key, _join(key, qkv)) for key, qkv in parts.items())
+    ours.update((key, _one(key, by_block)) for key, by_block in copies.items())
+    check_dit(with_facts(ours, facts), what, _their_name, design="adaln_zero")
     return ours, facts
+
+
+def _join(key: str, qkv: Mapping[str, Tensor]) -> Tensor:
+    shapes = [tuple(qkv[letter].shape) for letter in "qkv"]
+    if len(set(shapes)) > 1 or not shapes[0]:
+        names = ", ".join(repr(_part_name(key, letter)) for letter in "qkv")
+        raise ValueError(f"{names} have shapes {shapes}, expected three times the same")
+    return torch.cat([qkv[letter] for letter in "qkv"])
+
+
+def _one(key: str, by_block: Mapping[int, Tensor]) -> Tensor:
+    first = min(by_block)
+    for i, tensor in by_block.items():
+        if not torch.equal(tensor, by_block[first]):
+            raise ValueError(
+                f"{_copy_name(key, i)!r} differs from {_copy_name(key, first)!r}: a DiT has one "
+                "embedder for all blocks"
+            )
+    return by_block[first]
 
 
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """From our names. Every tensor has memory of its own, the copies too."""
     what = f"this checkpoint does not fit {NAME}"
-    check_dit(ours, what, design="adaln_zero", stored_positions=False)
+    check_dit(with_facts(OrderedDict(ours), facts), what, design="adaln_zero")
     if "y_embedder.embedding_table.weight" not in ours:
         raise ValueError(f"{what}: missing keys: 'y_embedder.embedding_table.weight'")
     _check_positions(ours)
@@ -164,14 +176,14 @@ def _check_positions(ours: Mapping[str, Tensor]) -> None:
 
 
 def _take_table(rest: dict[str, Tensor]) -> dict[str, Any]:
-    """Removes a stored position table, and says of which grid it was."""
+    """Removes a stored position table; what is known of the positions after that."""
     table = rest.pop(_STORED_TABLE, None)
     if table is None:
-        return {}
+        return {"computes_positions": True}
     if table.ndim != 3 or not _is_fixed(table):
         raise ValueError(f"{_STORED_TABLE!r} is not the fixed sine-cosine table of a square grid")
     side = math.isqrt(table.shape[1])
-    return {"grid": (side, side)}
+    return {"computes_positions": True, "grid": (side, side)}
 
 
 def _warn() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from convdit.checkpoints.layout import Shape, mismatches, raise_mismatch
+from convdit.checkpoints.files import facts_of, with_facts
+from convdit.checkpoints.layout import Shape, mismatches, raise_mismatch, rows
 from convdit.nn.dit_embed import sincos_position_table
 
 __all__ = ["NAME", "check_dit", "design_of", "is_dit", "matches", "read", "with_positions", "write"]
@@ -29,14 +30,14 @@ def is_dit(state: Mapping[str, Tensor]) -> bool:
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
-    """A DiT in the only design that the official names have, its position table stored."""
-    return is_dit(state) and design_of(state) == _PUBLISHED and "pos_embed" in state
+    """A DiT in the only design that the official names have."""
+    return is_dit(state) and design_of(state) == _PUBLISHED
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
     """The state itself, checked."""
     check_dit(state, "this is not a DiT in the official names", design=_PUBLISHED)
-    return OrderedDict(state), {}
+    return OrderedDict(state), facts_of(state)
 
 
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
@@ -59,7 +60,7 @@ def with_positions(
     if "pos_embed" not in out and "grid" in facts:
         weight = out["x_embedder.proj.weight"]
         out["pos_embed"] = sincos_position_table(weight.shape[0], facts["grid"])[None].to(weight)
-    return out
+    return with_facts(out, facts)
 
 
 def design_of(state: Mapping[str, Tensor]) -> str:
@@ -69,8 +70,8 @@ def design_of(state: Mapping[str, Tensor]) -> str:
     modulation = [key for key in state if re.fullmatch(r"blocks\.\d+\.adaLN_modulation\..+", key)]
     if not modulation and any(re.match(r"blocks\.\d+\.norm\d\.", key) for key in state):
         return "in_context"
-    rows = [state[key].shape for key in modulation if state[key].ndim == 2]
-    return "adaln" if rows and all(out == 4 * inputs for out, inputs in rows) else _PUBLISHED
+    shapes = [state[key].shape for key in modulation if state[key].ndim == 2]
+    return "adaln" if shapes and all(out == 4 * d for out, d in shapes) else _PUBLISHED
 
 
 def check_dit(
@@ -79,23 +80,21 @@ def check_dit(
     their_name: Callable[[str], str | None] = lambda key: key,
     unknown: Iterable[str] = (),
     design: str | None = None,
-    stored_positions: bool = True,
 ) -> None:
     """Raises ValueError unless `state`, in our names, is exactly a DiT of that design.
 
     `design` None takes the one that the names belong to. The label table may be absent, as in an
-    unconditional model; `pos_embed` where `stored_positions` is False. The other arguments are
-    those of `check_convnext`.
+    unconditional model, and `pos_embed` where the state comes from a format that computes it (the
+    fact "computes_positions"). The other arguments are those of `check_convnext`.
     """
     expected = _shapes(state, design or design_of(state))
-    if not stored_positions and "pos_embed" not in state:
+    if "pos_embed" not in state and facts_of(state).get("computes_positions"):
         del expected["pos_embed"]
     raise_mismatch(what, *mismatches(state, expected, their_name, unknown))
 
 
 def _shapes(state: Mapping[str, Tensor], design: str) -> dict[str, Shape]:
-    patch = state.get("x_embedder.proj.weight")
-    d = patch.shape[0] if patch is not None and patch.ndim else None
+    d = rows(state, "x_embedder.proj.weight")
     modulation_rows = {"adaln_zero": 6, "adaln": 4}.get(design, 0)
     shapes: dict[str, Shape] = {
         "x_embedder.proj.weight": (d, None, None, None),
@@ -103,7 +102,7 @@ def _shapes(state: Mapping[str, Tensor], design: str) -> dict[str, Shape]:
         "pos_embed": (1, None, d),
         **_linear("t_embedder.mlp.0", d, None),
         **_linear("t_embedder.mlp.2", d, d),
-        **_linear("final_layer.linear", None, d),
+        **_linear("final_layer.linear", rows(state, "final_layer.linear.weight"), d),
     }
     if modulation_rows:
         shapes.update(_linear("final_layer.adaLN_modulation.1", _times(2, d), d))
@@ -114,8 +113,7 @@ def _shapes(state: Mapping[str, Tensor], design: str) -> dict[str, Shape]:
     blocks = [int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))]
     for i in range(max(blocks, default=0) + 1):
         name = f"blocks.{i}"
-        wide = state.get(f"{name}.mlp.fc1.weight")
-        hidden = wide.shape[0] if wide is not None and wide.ndim else None
+        hidden = rows(state, f"{name}.mlp.fc1.weight")
         shapes.update(_linear(f"{name}.attn.qkv", _times(3, d), d))
         shapes.update(_linear(f"{name}.attn.proj", d, d))
         shapes.update(_linear(f"{name}.mlp.fc1", hidden, d))

@@ -85,6 +85,11 @@ def test_the_position_table_is_rebuilt_from_the_input_size(dit, assert_same):
     for size in (8, (8, 8)):
         assert_same(checkpoints.convert(theirs, "dit_official", input_size=size), ours)
         assert_same(checkpoints.convert(theirs, "convdit", input_size=size), ours)
+    stored = dict(checkpoints.convert(theirs, "convdit"))  # as a file would have it
+    with pytest.raises(ValueError, match="missing keys: 'pos_embed'"):
+        checkpoints.convert(stored, "convdit")
+    assert_same(checkpoints.convert(stored, "convdit", input_size=8), ours)
+    assert_same(checkpoints.convert(stored, "diffusers", input_size=8), theirs)
     wide = checkpoints.convert(theirs, "convdit", input_size=(4, 6))["pos_embed"]
     assert wide.shape == (1, 6, 8)
     # Row 1, column 2 of the 2x3 grid is row 1, column 2 of the 4x4 grid.
@@ -133,16 +138,30 @@ def test_unequal_copies_of_an_embedder_raise(dit, part):
 @pytest.mark.parametrize("name", ["dit_official", "diffusers", "sit"])
 def test_a_missing_and_an_extra_key_raise_and_are_named(dit, name):
     theirs = checkpoints.convert(dit(), name)
-    for key in theirs:
+    for key in list(theirs):
         if name != "diffusers" and key.startswith("y_embedder."):
             continue  # an unconditional model has none
         damaged = {k: v for k, v in theirs.items() if k != key}
         with pytest.raises(ValueError) as error:
-            checkpoints.convert(damaged, "dit_official", source=name, input_size=8)
+            checkpoints.convert(damaged, "dit_official", source=name)
         assert repr(key) in str(error.value), key
+    if name == "diffusers":  # an embedder of a block that is not there
+        key = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.bias"
+        extra = key.replace("blocks.0", "blocks.7")
+        with pytest.raises(ValueError, match=f"unexpected keys: '{extra}'"):
+            checkpoints.convert({**theirs, extra: theirs[key]}, "convdit")
     damaged = {**theirs, "blocks.0.what.ever": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"unexpected keys: 'blocks\.0\.what\.ever'"):
         checkpoints.convert(damaged, "convdit", source=name)
+
+
+@pytest.mark.parametrize("name", ["dit_official", "diffusers"])
+def test_a_tensor_of_another_shape_raises(dit, name):
+    theirs = checkpoints.convert(dit(), name)
+    for key, value in theirs.items():
+        for wrong in (value.sum(), value[None, None].expand(2, 1, *value.shape)):
+            with pytest.raises(ValueError):
+                checkpoints.convert({**theirs, key: wrong}, "convdit")
 
 
 def test_what_does_not_fit_raises(dit):
