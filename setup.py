@@ -1,6 +1,7 @@
 """Builds convdit: reads the options, calls CMake, puts the compiled libraries beside the Python files.
 
-Options (environment): CONVDIT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS. Sources and flags are in CMakeLists.txt.
+Options (environment): CONVDIT_CUDA=auto|on|off, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+Sources and flags are in CMakeLists.txt.
 """
 
 import os
@@ -34,8 +35,15 @@ class CMakeBuild(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         work = Path(self.build_temp).resolve() / "cmake"
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release", "-DCONVDIT_TESTS=OFF",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-DCONVDIT_OUTPUT={out}",
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(work),
+            "-DCMAKE_BUILD_TYPE=Release",
+            "-DCONVDIT_TESTS=OFF",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCONVDIT_OUTPUT={out}",
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]

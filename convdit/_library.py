@@ -1,8 +1,8 @@
 """Finds and loads the compiled libraries, or says what is missing and how to get it.
 
 Three files lie beside this one: ``libconvdit_ops.so`` (operators, CPU), ``libconvdit_ops_cuda.so`` (operators, CUDA;
-loaded only beside a PyTorch built with CUDA) and ``_C`` (build information). ``CONVDIT_LIBRARY_DIR`` names another folder
-to take them from, such as the output of a plain CMake build.
+loaded only beside a PyTorch built with CUDA) and ``_C`` (build information). ``CONVDIT_LIBRARY_DIR`` names another
+folder to take them from, such as the output of a plain CMake build.
 """
 
 from __future__ import annotations

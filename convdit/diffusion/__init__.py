@@ -1,1 +1,5 @@
-"""Filled in by the following commits."""
+"""Gaussian diffusion: noise schedules, training losses and samplers."""
+
+from convdit.diffusion.gaussian import GaussianDiffusion
+
+__all__ = ["GaussianDiffusion"]

@@ -87,9 +87,8 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         if num_classes > 0:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(
-            torch.empty(1, math.prod(self.grid), hidden_size), requires_grad=False
-        )
+        # Fixed, hence a buffer; it is in the state_dict, as in the public code.
+        self.register_buffer("pos_embed", torch.empty(1, math.prod(self.grid), hidden_size))
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, conditioning) for _ in range(depth)
         )
@@ -115,8 +114,14 @@ class DiT(nn.Module):
                 block.zero_modulation()
             nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-        with torch.no_grad():
-            self.pos_embed.copy_(sincos_position_table(self.hidden_size, self.grid))
+        self.pos_embed.copy_(sincos_position_table(self.hidden_size, self.grid))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # The position table is fixed: formats that compute it do not store it.
+        if prefix + "pos_embed" not in state_dict:
+            table = sincos_position_table(self.hidden_size, self.grid)
+            state_dict[prefix + "pos_embed"] = table[None].to(self.pos_embed.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None
@@ -135,7 +140,7 @@ class DiT(nn.Module):
             *rows, last = self._cache.lookup(t, y)
             for block, modulation in zip(self.blocks, rows, strict=True):
                 stream = block(stream, modulation=modulation)
-            return self.unpatchify(self.final_layer(stream, last))
+            return self.unpatchify(self.final_layer(stream, modulation=last))
         c, mask = self.condition(t, y, y_mask)
         if self.conditioning == "in_context":
             stream = ResidualStream(torch.cat([stream.x, c], dim=1))
@@ -144,8 +149,7 @@ class DiT(nn.Module):
             stream = block(stream, c, mask)
         if self.conditioning == "in_context":
             stream = ResidualStream(stream.total()[:, : self.pos_embed.shape[1]])
-        last = self.final_layer.modulation(c) if MODULATION_ROWS[self.conditioning] else None
-        return self.unpatchify(self.final_layer(stream, last))
+        return self.unpatchify(self.final_layer(stream, c))
 
     def condition(
         self, t: Tensor, y: Tensor | None, y_mask: Tensor | None = None

@@ -101,6 +101,7 @@ class FinalLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+        self.modulated = modulated
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         if modulated:
             self.adaLN_modulation = nn.Sequential(
@@ -113,8 +114,11 @@ class FinalLayer(nn.Module):
         """c (B, D) to (B, 2, D): shift and scale."""
         return self.adaLN_modulation(c).unflatten(-1, (2, self.hidden_size))
 
-    def forward(self, stream: ResidualStream, modulation: Tensor | None) -> Tensor:
-        if modulation is None:
+    def forward(
+        self, stream: ResidualStream, c: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        """The stream (B, T, D) to (B, T, p*p*C), modulated by c (B, D) or by what it would give."""
+        if not self.modulated:
             return self.linear(self.norm_final(stream.total()))
-        shift, scale = modulation.unbind(1)
+        shift, scale = (self.modulation(c) if modulation is None else modulation).unbind(1)
         return self.linear(stream.norm_modulate(shift, scale)[1])

@@ -3,14 +3,19 @@
 from convdit import _library as _library  # loads the compiled operators, or raises
 
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from .attention import adaln_zero_attention, packed_attention
 from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
+from .sites import neighbors
 
 __all__ = [
+    "adaln_zero_attention",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "gelu_grn",
     "grn",
     "layer_norm_modulate",
+    "neighbors",
+    "packed_attention",
     "sparse_gelu_grn",
     "sparse_grn",
 ]

@@ -30,11 +30,18 @@ def check_floating(name: str, value: object) -> None:
         )
 
 
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise RuntimeError(f"{name}: expected the device of x ({x.device}), got {value.device}")
+
+
 def parameter(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """A per-channel parameter in the dtype that kernels take it in; autograd casts its gradient back.
+    """A per-channel parameter, on x's device, in the dtype that kernels take it in; autograd casts its gradient back.
 
     A float64 x takes float64 parameters only; the other dtypes mix freely, as under autocast.
     """
+    check_tensor(name, value)
+    check_device(name, value, x)
     wanted = accumulate_dtype(x.dtype)
     if value.dtype == wanted:
         return value
@@ -78,7 +85,8 @@ def register_vmap(name: str, folded: tuple[int, ...]) -> None:
         args = [a if axis is None else a.movedim(axis, 0) for a, axis in zip(args, in_dims, strict=True)]
         if all(i in folded for i in mapped):
             folds = [
-                a if i not in folded or not isinstance(a, Tensor)
+                a
+                if i not in folded or not isinstance(a, Tensor)
                 else (a if i in mapped else a.expand(size, *a.shape)).flatten(0, 1)
                 for i, a in enumerate(args)
             ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import accumulate_dtype, check_floating, library, needs_grad, parameter, register_vmap
+from ._common import accumulate_dtype, check_device, check_floating, library, needs_grad, parameter, register_vmap
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -90,6 +90,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """
     check_floating("x", x)
     check_floating("y", y)
+    check_device("y", y, x)
     gate = parameter("gate", gate, x)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(x, y, gate)
@@ -147,6 +148,7 @@ def gated_residual_layer_norm_modulate(
     """
     check_floating("x", x)
     check_floating("y", y)
+    check_device("y", y, x)
     gate, shift = parameter("gate", gate, x), parameter("shift", shift, x)
     scale = parameter("scale", scale, x)
     if needs_grad(x, y, gate, shift, scale):
@@ -187,7 +189,5 @@ class _GatedResidualLayerNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_residual, grad_out, _mean, _rstd):
-        grads = library.gated_residual_layer_norm_modulate_bwd(
-            grad_residual, grad_out, *ctx.saved_tensors
-        )
+        grads = library.gated_residual_layer_norm_modulate_bwd(grad_residual, grad_out, *ctx.saved_tensors)
         return *grads, None

@@ -15,14 +15,21 @@ void row_statistics(const T* x, int64_t width, accum_t<T> eps, accum_t<T>* mean,
   const A mu = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
                  return load_lanes<decltype(full)::value>(x + i, n);
                }) / static_cast<A>(width);
-  const A variance = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-                       Vec<A> d = load_lanes<decltype(full)::value>(x + i, n) - mu;
-                       if constexpr (!decltype(full)::value)
-                         for (int64_t lane = n; lane < lanes<A>; ++lane) d[lane] = 0;
-                       return d * d;
-                     }) / static_cast<A>(width);
-  *mean = mu;
-  *rstd = 1 / static_cast<A>(__builtin_sqrt(variance + eps));
+  // The second pass also sums the deviations themselves: what rounding left out of the mean.
+  Vec<A> deviation[2] = {};
+  int u = 0;
+  const A squares = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    Vec<A> d = load_lanes<decltype(full)::value>(x + i, n) - mu;
+    if constexpr (!decltype(full)::value)
+      for (int64_t lane = n; lane < lanes<A>; ++lane) d[lane] = 0;
+    deviation[u] += d;
+    u ^= 1;
+    return d * d;
+  });
+  const A shift = sum(deviation[0] + deviation[1]) / static_cast<A>(width);
+  const A variance = squares / static_cast<A>(width) - shift * shift;
+  *mean = mu + shift;
+  *rstd = 1 / static_cast<A>(__builtin_sqrt((variance > 0 ? variance : 0) + eps));
 }
 
 template <class T, class Y>
@@ -83,7 +90,7 @@ void backward_chunk(const AdalnBackward& p, int64_t sample, int64_t chunk, accum
       int u = 0;
       const A total_g = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
         constexpr bool kFull = decltype(full)::value;
-        const Vec<A> g = load_lanes<kFull>(grad_out + i, n) * (1 + load_lanes<kFull>(scale + i, n));
+        const Vec<A> g = rounded(load_lanes<kFull>(grad_out + i, n) * (1 + load_lanes<kFull>(scale + i, n)));
         total_gn[u] += g * ((load_lanes<kFull>(residual + i, n) - mu) * r);
         u ^= 1;
         return g;
@@ -96,7 +103,7 @@ void backward_chunk(const AdalnBackward& p, int64_t sample, int64_t chunk, accum
       Vec<A> grad = grad_residual ? load_lanes<kFull>(grad_residual + i, n) : Vec<A>{};
       if (grad_out) {
         const Vec<A> d = load_lanes<kFull>(grad_out + i, n), norm = (load_lanes<kFull>(residual + i, n) - mu) * r;
-        const Vec<A> g = d * (1 + load_lanes<kFull>(scale + i, n));
+        const Vec<A> g = rounded(d * (1 + load_lanes<kFull>(scale + i, n)));
         store_lanes<kFull>(shift_sum + i, load_lanes<kFull>(shift_sum + i, n) + d, n);
         store_lanes<kFull>(scale_sum + i, load_lanes<kFull>(scale_sum + i, n) + d * norm, n);
         grad += r * (g - mean_g - norm * mean_gn);

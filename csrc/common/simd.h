@@ -249,6 +249,17 @@ CONVDIT_INLINE A sum_vectors(int64_t count, const F& f) {
   return sum((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
+// A product that must be rounded before it is subtracted from its like: the compiler may not contract it into an FMA.
+template <class V>
+CONVDIT_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class V>
 CONVDIT_INLINE V vmax(V a, V b) { return a > b ? a : b; }
 template <class V>

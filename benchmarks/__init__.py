@@ -1,0 +1,1 @@
+"""Times convdit's operators against PyTorch: python -m benchmarks [operator ...] [--quick] [--out FILE.json]."""

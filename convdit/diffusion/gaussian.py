@@ -1,0 +1,227 @@
+"""The diffusion process that DiT is trained for: noise prediction, with a learned variance."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convdit.diffusion import samplers
+from convdit.diffusion.likelihood import discretized_log_likelihood, normal_kl
+from convdit.diffusion.schedules import Schedule, betas, respaced_timesteps
+
+
+class GaussianDiffusion:
+    """Training losses and samplers of a noise-predicting model (Ho et al. 2020).
+
+    `schedule` is "linear", "cosine" or "scaled_linear" over `steps` steps; `respacing` picks those
+    that are used: None for all, "250", "10,20,30" or "ddim50", as in the public ADM and DiT code.
+    With `learn_sigma` the model returns twice as many channels as it takes, the second half
+    placing the variance between its two bounds (Nichol and Dhariwal 2021, equation 15); without,
+    the variance is the larger bound, beta.
+
+    The model is called as `model(x, t, **model_kwargs)` with x (N, C, ...) and the original
+    timesteps t (N,), those of `timesteps`. Everywhere else t is an index into `timesteps`.
+    Arithmetic is in the dtype of x, in float32 for half precision.
+    """
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        schedule: str = "linear",
+        respacing: str | int | None = None,
+        learn_sigma: bool = True,
+    ) -> None:
+        self.base_betas = betas(schedule, steps)
+        self.schedule = Schedule(self.base_betas, respaced_timesteps(steps, respacing))
+        self.learn_sigma = learn_sigma
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The original timesteps that the model is called with, ascending."""
+        return self.schedule.timesteps
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps a sampler takes."""
+        return len(self.timesteps)
+
+    def table(self, values: np.ndarray, t: Tensor, x: Tensor) -> Tensor:
+        """Entries t (N,) of one of the schedule's tables, shaped to multiply x (N, ...)."""
+        entries = torch.from_numpy(values).to(device=x.device, dtype=x.dtype)[t]
+        return entries.view(-1, *[1] * (x.ndim - 1))
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t, that is x0 (N, C, ...) with noise added up to step t (N,)."""
+        level = self.schedule.alphas_cumprod
+        share, rest = self.table(np.sqrt(level), t, x0), self.table(np.sqrt(1 - level), t, x0)
+        return share * x0 + rest * noise
+
+    def predict_x0(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The x0 that `q_sample` would have turned into x with this noise."""
+        level = self.schedule.alphas_cumprod
+        whole, rest = self.table(np.sqrt(1 / level), t, x), self.table(np.sqrt(1 / level - 1), t, x)
+        return whole * x - rest * noise
+
+    def posterior_mean(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The mean of q(x_{t-1} | x_t, x_0)."""
+        s = self.schedule
+        return self.table(s.posterior_x0, t, x) * x0 + self.table(s.posterior_xt, t, x) * x
+
+    def log_variance(self, sigma: Tensor | None, t: Tensor, x: Tensor) -> Tensor:
+        """The log variance of a step down from t, placed by the model in -1..1."""
+        s = self.schedule
+        if sigma is None:
+            # The upper bound, except at the first step, whose variance is not that of noise.
+            fixed = np.append(np.exp(s.posterior_log_variance[:1]), s.betas[1:])
+            return self.table(np.log(fixed), t, x)
+        low = self.table(s.posterior_log_variance, t, x)
+        high = self.table(np.log(s.betas), t, x)
+        share = (sigma + 1) / 2
+        return share * high + (1 - share) * low
+
+    def predict(
+        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, **model_kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Calls the model: the noise in x and the place of its variance, or None."""
+        original = torch.tensor(self.timesteps, device=x.device)[t]
+        return self.split(model(x, original, **model_kwargs), x)
+
+    def split(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's output as noise and variance, in the dtype of x."""
+        channels = x.shape[1] * (2 if self.learn_sigma else 1)
+        expected = (x.shape[0], channels, *x.shape[2:])
+        if tuple(out.shape) != expected:
+            raise ValueError(
+                f"the model must return {expected} for x {tuple(x.shape)} with "
+                f"learn_sigma={self.learn_sigma}, got {tuple(out.shape)}"
+            )
+        out = out.to(x.dtype)
+        return tuple(out.chunk(2, dim=1)) if self.learn_sigma else (out, None)
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        **model_kwargs,
+    ) -> dict[str, Tensor]:
+        """Losses by sample, each (N,): "loss", and the "mse" and "vb" that it is the sum of.
+
+        x0 is (N, C, ...), 8-bit pictures scaled to -1..1 or latents; t (N,) holds indices into
+        `timesteps`; noise, drawn unless given, has the shape of x0. "mse" is the error of the
+        predicted noise, "vb" the variational bound in bits per dimension, which trains the variance
+        alone: its mean is detached. "vb" is 0 where the variance is not learned.
+        """
+        _check_training(x0, t, noise, self.num_timesteps)
+        x0 = samplers.full_precision(x0)
+        noise = torch.randn_like(x0) if noise is None else noise.to(x0.dtype)
+        x = self.q_sample(x0, t, noise)
+        predicted, sigma = self.predict(model, x, t, **model_kwargs)
+        mse = _mean((noise - predicted) ** 2)
+        vb = torch.zeros_like(mse)
+        if sigma is not None:
+            vb = self.variational_bound(x0, x, t, predicted.detach(), sigma)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def variational_bound(
+        self, x0: Tensor, x: Tensor, t: Tensor, noise: Tensor, sigma: Tensor | None
+    ) -> Tensor:
+        """The bound's term of step t for each sample, (N,), in bits per dimension.
+
+        For t = 0 the negative log-likelihood of x0, else the divergence of p(x_{t-1} | x_t) from
+        q(x_{t-1} | x_t, x_0).
+        """
+        mean = self.posterior_mean(self.predict_x0(x, t, noise), x, t)
+        log_variance = self.log_variance(sigma, t, x)
+        true_mean = self.posterior_mean(x0, x, t)
+        true_log_variance = self.table(self.schedule.posterior_log_variance, t, x)
+        kl = _mean(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        likelihood = _mean(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
+        return torch.where(t == 0, -likelihood, kl) / math.log(2)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        sampler: str | object = "ddpm",
+        eta: float = 0.0,
+        clip_denoised: bool = False,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        device: torch.device | str | None = None,
+        **model_kwargs,
+    ) -> Tensor:
+        """Samples (N, C, ...) of the given shape, from noise (drawn unless given).
+
+        `sampler` is "ddpm" (ancestral), "ddim" (deterministic at eta 0, as noisy as ddpm at 1) or a
+        scheduler object of the diffusers library, made for the same schedule. `clip_denoised` keeps
+        each step's estimate of x0 in -1..1 (for pixels, not latents). For guidance pass
+        `model.forward_with_cfg` and `cfg_scale`. The device is that of the noise, else `device`,
+        else that of the model's parameters. The same generator state gives the same bits. Put the
+        model in eval mode first, or it may drop labels.
+        """
+        if isinstance(sampler, str) and sampler not in ("ddpm", "ddim"):
+            raise ValueError(
+                f'sampler must be "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}'
+            )
+        if sampler == "ddpm" and eta:
+            raise ValueError(f'eta is for the sampler "ddim", got eta={eta} for "ddpm"')
+        x = samplers.starting_noise(model, shape, noise, generator, device)
+
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.predict(model, x, t, **model_kwargs)
+
+        if sampler == "ddpm":
+            return samplers.ddpm(self, denoise, x, clip_denoised, generator, progress)
+        if sampler == "ddim":
+            return samplers.ddim(self, denoise, x, eta, clip_denoised, generator, progress)
+        if clip_denoised:
+            raise ValueError("clip_denoised: a diffusers scheduler is told so when it is made")
+        call = partial(model, **model_kwargs)
+        return samplers.scheduled(self, call, x, sampler, eta, generator, progress)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        refinements: int = 1,
+        progress: bool = False,
+        **model_kwargs,
+    ) -> Tensor:
+        """The noise (N, C, ...) from which `sample(..., "ddim")` at eta 0 comes back to x0.
+
+        Exact in the limit of many steps (Song et al. 2021, section 4.3). Each of the `refinements`
+        is another model call a step, and brings every step closer to being undone exactly; with 0
+        and few steps the way back may miss by as much as the noise itself.
+        """
+
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.predict(model, x, t, **model_kwargs)
+
+        x0 = samplers.full_precision(x0)
+        return samplers.ddim_inverse(self, denoise, x0, refinements, progress)
+
+
+def _check_training(x0: Tensor, t: Tensor, noise: Tensor | None, steps: int) -> None:
+    if not x0.is_floating_point():
+        raise TypeError(f"x0 must have a floating dtype, got {x0.dtype}")
+    if t.is_floating_point() or t.dtype == torch.bool:
+        raise TypeError(f"t must hold whole step indices, got {t.dtype}")
+    if tuple(t.shape) != (len(x0),):
+        raise ValueError(f"t must be (N,) = ({len(x0)},), got {tuple(t.shape)}")
+    if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < steps:
+        raise ValueError(f"t must be in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
+    if noise is not None and noise.shape != x0.shape:
+        raise ValueError(f"noise must be {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean of each sample: (N, ...) to (N,)."""
+    return x.flatten(1).mean(1)

@@ -1,0 +1,278 @@
+"""ConvNeXt (arXiv:2201.03545) and ConvNeXt V2 (arXiv:2301.00808).
+
+Parameter names and initialisation are those of facebookresearch/ConvNeXt and ConvNeXt-V2. Images
+come in as (N, C, H, W); inside, maps are channels-last from the stem to the last stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from convdit.nn.convnext_block import ConvNeXtBlock
+from convdit.nn.layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm, check_scope
+from convdit.nn.resample import Downsample, Stem
+
+# depths, dims of each published size
+_V1 = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+_V2 = {
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+VARIANTS = {f"convnext_{size}": (1, *shape) for size, shape in _V1.items()} | {
+    f"convnextv2_{size}": (2, *shape) for size, shape in _V2.items()
+}
+
+
+class ConvNeXt(nn.Module):
+    """A ConvNeXt of any number of stages.
+
+    Args:
+        depths: blocks a stage.
+        dims: channels a stage.
+        version: 1 or 2, see `convdit.nn.ConvNeXtBlock`.
+        in_chans: image channels.
+        num_classes: of the head; 0 for none: the model returns the normed, pooled features.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        stem_stride: image pixels along a site's side at the first stage.
+        layer_scale_init_value: first value of gamma in version 1.
+        head_init_scale: multiplies the head's first weights.
+        features_only: leave out the final norm and the head; the model returns the stages' maps.
+
+    Attributes:
+        stride: image pixels along a site's side at the last stage.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        version: int = 2,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.0,
+        stem_stride: int = 4,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+        features_only: bool = False,
+    ):
+        super().__init__()
+        if not depths or len(depths) != len(dims):
+            raise ValueError(
+                f"depths, dims: expected one of each a stage, got {tuple(depths)}, {tuple(dims)}"
+            )
+        for name, size in (("in_chans", in_chans), ("stem_stride", stem_stride)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.version = version
+        self.depths = tuple(depths)
+        self.dims = tuple(dims)
+        self.in_chans = in_chans
+        self.features_only = features_only
+        self.head_init_scale = head_init_scale
+        self.stem_stride = stem_stride
+        self.stride = stem_stride * 2 ** (len(dims) - 1)
+        self.downsample_layers = nn.ModuleList([Stem(in_chans, dims[0], stem_stride)])
+        for dim, next_dim in pairwise(dims):
+            self.downsample_layers.append(Downsample(dim, next_dim))
+        blocks = sum(depths)
+        rates = iter(drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks))
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    ConvNeXtBlock(
+                        dim,
+                        version,
+                        drop_path=next(rates),
+                        layer_scale_init_value=layer_scale_init_value,
+                    )
+                    for _ in range(depth)
+                )
+            )
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+        init_weights(self)
+        if not features_only:
+            self.norm = LayerNorm(dims[-1])
+            self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new head of so many classes in place; 0 for none."""
+        if self.features_only:
+            raise ValueError("reset_classifier: a model made with features_only=True has no head")
+        if num_classes < 0:
+            raise ValueError(f"num_classes: expected at least 0, got {num_classes}")
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes > 0:
+            like = self.norm.weight
+            self.head = nn.Linear(self.dims[-1], num_classes, device=like.device, dtype=like.dtype)
+            init_weights(self.head)
+            with torch.no_grad():
+                self.head.weight.mul_(self.head_init_scale)
+                self.head.bias.mul_(self.head_init_scale)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(N, c, H, W) images to (N, num_classes) logits.
+
+        With num_classes=0, to `forward_features`; with features_only=True, to
+        `forward_intermediates`.
+        """
+        if self.features_only:
+            return self.forward_intermediates(x)
+        return self.head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, c, H, W) images to (N, C): the last map's mean over sites, then the final norm."""
+        pooled = self._maps(x)[-1].mean((1, 2))
+        return pooled if self.features_only else self.norm(pooled)
+
+    def forward_intermediates(self, x: Tensor, norm: bool = False) -> list[Tensor]:
+        """(N, c, H, W) images to a map (N, C, H', W') for each stage, first to last.
+
+        norm: apply the final norm, over channels, to the last map; the others never have one.
+        """
+        maps = self._maps(x)
+        if norm:
+            if self.features_only:
+                raise ValueError("norm: a model made with features_only=True has no final norm")
+            maps[-1] = self.norm(maps[-1])
+        return [y.permute(0, 3, 1, 2) for y in maps]
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        check_images("x", x, self.in_chans, self.stride)
+        maps = []
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+            maps.append(x)
+        return maps
+
+    def load_encoder(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Load all but the final norm and the head, strictly.
+
+        A norm and a head in `state_dict` are not loaded.
+
+        Returns:
+            The names of the parameters left as they were.
+
+        Raises:
+            ValueError: a missing or an unknown name, or another shape; nothing is loaded then.
+        """
+        own = {name: value for name, value in self.state_dict().items() if not _in_head(name)}
+        given = {name: value for name, value in state_dict.items() if not _in_head(name)}
+        problems = [f"missing {name}" for name in own if name not in given]
+        problems += [f"unknown {name}" for name in given if name not in own]
+        problems += [
+            f"{name}: expected shape {tuple(own[name].shape)}, got {tuple(value.shape)}"
+            for name, value in given.items()
+            if name in own and value.shape != own[name].shape
+        ]
+        if problems:
+            raise ValueError("state_dict: does not fit this encoder: " + "; ".join(problems))
+        self.load_state_dict(given, strict=False)
+        return [name for name in self.state_dict() if _in_head(name)]
+
+    def encoder(self) -> ConvNeXt:
+        """This model without its final norm and head, sharing every other parameter."""
+        encoder = copy.copy(self)
+        encoder.__dict__ = self.__dict__ | {
+            "features_only": True,
+            "_modules": {
+                name: module for name, module in self._modules.items() if not _in_head(name)
+            },
+        }
+        return encoder
+
+    def set_grn_scope(self, scope: str) -> None:
+        """Set the scope of every `GlobalResponseNorm`: "sample" or "batch"."""
+        check_scope("scope", scope)
+        for module in self.modules():
+            if isinstance(module, GlobalResponseNorm):
+                module.scope = scope
+
+    @property
+    def feature_info(self) -> list[dict[str, int | str]]:
+        """Channels, stride and module name of each map of `forward_intermediates`."""
+        return [
+            {"num_chs": dim, "reduction": self.stem_stride * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(self.dims)
+        ]
+
+
+def create(
+    name: str,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    features_only: bool = False,
+    depths: Sequence[int] | None = None,
+    dims: Sequence[int] | None = None,
+    **options: float,
+) -> ConvNeXt:
+    """Make a ConvNeXt by name.
+
+    Args:
+        name: one of `convdit.models.list()`.
+        num_classes: of the head; 0 for none.
+        in_chans: image channels.
+        features_only: no final norm and no head.
+        depths, dims: override the variant's, one of each a stage.
+        options: of `ConvNeXt`: drop_path_rate, stem_stride, ...
+
+    Raises:
+        ValueError: a name that is not in the list.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"name: expected one of {', '.join(VARIANTS)}; got {name!r}")
+    version, own_depths, own_dims = VARIANTS[name]
+    return ConvNeXt(
+        own_depths if depths is None else depths,
+        own_dims if dims is None else dims,
+        version,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        features_only=features_only,
+        **options,
+    )
+
+
+def init_weights(module: nn.Module) -> None:
+    """Every convolution and Linear: weights from a normal of std 0.02 truncated, biases zero."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d, DepthwiseConv2d)):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def check_images(name: str, images: Tensor, channels: int, smallest: int) -> None:
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"{name}: expected images of shape (N, {channels}, H, W), got {tuple(images.shape)}"
+        )
+    if min(images.shape[2:]) < smallest:
+        raise ValueError(
+            f"{name}: expected images of at least {smallest}x{smallest} pixels, the stride of "
+            f"the last stage, got {images.shape[2]}x{images.shape[3]}"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {images.dtype}")
+
+
+def _in_head(name: str) -> bool:
+    return name.split(".")[0] in ("norm", "head")

@@ -1,0 +1,256 @@
+"""FCMAE: the fully convolutional masked autoencoder of ConvNeXt V2 (arXiv:2301.00808, section 3.1).
+
+The encoder sees the visible patches only. Their features are packed into rows, and every layer of
+the encoder works on rows: the same weights as the dense network, less to compute, and nothing
+leaks into or out of a removed patch. `sparse=False` computes the same on zero-filled dense maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convdit.nn.convnext_block import ConvNeXtBlock
+from convdit.nn.layers import check_scope, hide
+from convdit.nn.resample import coarsen
+from convdit.sparse import ActiveSites, SparseTensor2d, random_patch_mask, visible_patches
+
+from .convnext import ConvNeXt, check_images, create, init_weights
+
+
+class FCMAEOutput(NamedTuple):
+    """What `FCMAE.forward` returns, and describes."""
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
+class FCMAE(nn.Module):
+    """A ConvNeXt encoder over visible patches, and a small dense decoder that paints the others.
+
+    Args:
+        encoder: a name of `models.list()`, or a ConvNeXt, whose parameters are then shared; its
+            final norm and head, if any, take no part.
+        image_size: side of the images in pixels, or (height, width); used to check that
+            `patch_size` and `mask_ratio` fit. `forward` takes other sizes that patches divide.
+        patch_size: side of a patch in pixels; the stride of the encoder's last stage.
+        mask_ratio: share of patches removed from each image.
+        decoder_dim: channels of the decoder.
+        decoder_depth: its blocks.
+        norm_pix_loss: whether the target is normalised by each patch's mean and unbiased variance.
+        grn_scope: of the encoder's GRN: "sample" as in the dense network, or "batch" as in the
+            original sparse code.
+        sparse: False computes on zero-filled dense maps; the results are the same.
+        in_chans: image channels, for an encoder given by name.
+        depths, dims: override the variant's, for an encoder given by name.
+        options: of `ConvNeXt`, for an encoder given by name: drop_path_rate, stem_stride, ...
+
+    Weights are drawn with std 0.02.
+    """
+
+    def __init__(
+        self,
+        encoder: str | ConvNeXt = "convnextv2_atto",
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 32,
+        mask_ratio: float = 0.6,
+        decoder_dim: int = 512,
+        decoder_depth: int = 1,
+        norm_pix_loss: bool = True,
+        grn_scope: str = "sample",
+        sparse: bool = True,
+        in_chans: int = 3,
+        depths: Sequence[int] | None = None,
+        dims: Sequence[int] | None = None,
+        **options: float,
+    ):
+        super().__init__()
+        check_scope("grn_scope", grn_scope)
+        if isinstance(encoder, str):
+            encoder = create(
+                encoder,
+                in_chans=in_chans,
+                features_only=True,
+                depths=depths,
+                dims=dims,
+                **options,
+            )
+        elif depths is not None or dims is not None or options:
+            raise ValueError("depths, dims, options: only for an encoder given by name")
+        self.encoder = encoder.encoder()
+        self.encoder.set_grn_scope(grn_scope)
+        if patch_size != encoder.stride:
+            raise ValueError(
+                f"patch_size: expected {encoder.stride}, the stride of the encoder's last stage, "
+                f"got {patch_size}"
+            )
+        self.patch_size = patch_size
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.sparse = sparse
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._visible(self._grid("image_size", *size))
+
+        self.proj = nn.Conv2d(encoder.dims[-1], decoder_dim, 1)
+        self.mask_token = nn.Parameter(torch.empty(1, decoder_dim, 1, 1))
+        self.decoder = nn.Sequential(*(ConvNeXtBlock(decoder_dim) for _ in range(decoder_depth)))
+        self.pred = nn.Conv2d(decoder_dim, patch_size**2 * encoder.in_chans, 1)
+        for part in (self.proj, self.decoder, self.pred):
+            init_weights(part)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FCMAEOutput:
+        """Remove patches, predict them, and compare.
+
+        Args:
+            images: (N, c, H, W), H and W multiples of the patch.
+            mask: (N, H / patch, W / patch) bool as `random_patch_mask` gives it, True = removed;
+                None draws one. In compiled code it must keep as many patches of every image as
+                `mask_ratio` says.
+            generator: for the mask drawn here.
+
+        Returns:
+            loss: () in float32 or float64, the mean over removed patches of the mean squared error.
+            pred: (N, L, p * p * c) a row for each patch, row-major; values in order (py, px, c).
+            mask: the mask used.
+
+        Raises:
+            TypeError: images that are not floating, a mask that is not bool.
+            ValueError: other shapes, images that patches do not divide, a mask on another device,
+                one with no visible patch in some image, or with no removed patch at all.
+        """
+        mask, sites = self._mask(images, mask, generator)
+        pred = self._decode(images, mask, sites)
+        return FCMAEOutput(self._loss(images, pred, mask), pred, mask)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images, (N, c, H, W), whose removed patches are the predicted ones.
+
+        Where the target is normalised, the prediction is given the true patch's mean and deviation.
+        Arguments as for `forward`.
+        """
+        mask, sites = self._mask(images, mask, generator)
+        pred = self._decode(images, mask, sites)
+        patches = self.patchify(images)
+        if self.norm_pix_loss:
+            mean, deviation = _patch_statistics(patches)
+            pred = pred * deviation + mean
+        mixed = torch.where(mask.flatten(1)[..., None], pred.to(patches.dtype), patches)
+        return self.unpatchify(mixed, mask.shape[1:])
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(N, c, H, W) to (N, L, p * p * c), values of a patch in order (py, px, c)."""
+        p, (height, width) = self.patch_size, self._grid("images", *images.shape[2:])
+        patches = images.view(*images.shape[:2], height, p, width, p).permute(0, 2, 4, 3, 5, 1)
+        return patches.reshape(images.shape[0], height * width, -1)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The inverse of `patchify`, for images of `grid` rows and columns of patches."""
+        p, (height, width), n = self.patch_size, grid, patches.shape[0]
+        images = patches.reshape(n, height, width, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+        return images.reshape(n, -1, height * p, width * p)
+
+    def _encode(self, images: Tensor, mask: Tensor, sites: ActiveSites) -> SparseTensor2d:
+        """The encoder's last features, of the visible patches only: a row for each patch."""
+        stem, *downsamples = self.encoder.downsample_layers
+        first, *stages = self.encoder.stages
+        if self.sparse:
+            x = first(stem.visible(images, sites))
+            for downsample, stage in zip(downsamples, stages, strict=True):
+                x = stage(downsample(x))
+            return x
+        visible = (~mask).repeat_interleave(sites.block, 1).repeat_interleave(sites.block, 2)
+        x = _masked(first, hide(stem(images), visible), visible)
+        for downsample, stage in zip(downsamples, stages, strict=True):
+            x = downsample(x, visible)
+            visible = coarsen(visible)
+            x = _masked(stage, x, visible)
+        return SparseTensor2d.from_dense(x, ActiveSites(sites.blocks, len(mask), sites.grid))
+
+    def _decode(self, images: Tensor, mask: Tensor, sites: ActiveSites) -> Tensor:
+        x = self._encode(images, mask, sites)
+        x = x.replace(F.linear(x.features, self.proj.weight.flatten(1), self.proj.bias))
+        x = self.decoder(x.dense(self.mask_token.flatten()))
+        return F.linear(x, self.pred.weight.flatten(1), self.pred.bias).flatten(1, 2)
+
+    def _loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        # Half precision has too few digits for a mean over so many values.
+        wide = torch.promote_types(pred.dtype, torch.float32)
+        target = self.patchify(images).to(wide)
+        if self.norm_pix_loss:
+            mean, deviation = _patch_statistics(target)
+            target = (target - mean) / deviation
+        error = (pred.to(wide) - target).square().mean(-1)
+        removed = mask.flatten(1).to(wide)
+        return (error * removed).sum() / removed.sum()
+
+    def _mask(
+        self, images: Tensor, mask: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, ActiveSites]:
+        check_images("images", images, self.encoder.in_chans, 1)
+        grid, n = self._grid("images", *images.shape[2:]), images.shape[0]
+        kept = self._visible(grid)
+        if mask is None:
+            device = None if generator is not None else images.device
+            mask = random_patch_mask(n, grid, self.mask_ratio, generator, device).to(images.device)
+        else:
+            _check_mask(mask, (n, *grid), images.device)
+            if not torch.compiler.is_compiling():
+                kept = None
+        block = self.patch_size // self.encoder.stem_stride
+        return mask, ActiveSites.from_patch_mask(mask, block, kept)
+
+    def _visible(self, grid: tuple[int, int]) -> int:
+        return visible_patches(grid[0] * grid[1], self.mask_ratio, "mask_ratio")
+
+    def _grid(self, name: str, height: int, width: int) -> tuple[int, int]:
+        p = self.patch_size
+        if height < p or width < p or height % p or width % p:
+            raise ValueError(
+                f"{name}: expected a height and a width that patches of {p}x{p} divide, "
+                f"got {height}x{width}"
+            )
+        return height // p, width // p
+
+
+def _masked(stage: nn.Sequential, x: Tensor, visible: Tensor) -> Tensor:
+    for block in stage:
+        x = block(x, visible)
+    return x
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation, 1e-6 inside the root, of the values of each patch."""
+    variance, mean = torch.var_mean(patches, -1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool, True = removed, got {mask.dtype}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"mask: expected shape {shape}, got {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask: expected the images' device, {device}, got {mask.device}")
+    if torch.compiler.is_compiling():
+        return  # from_patch_mask checks the count on the device
+    if mask.flatten(1).all(1).any():
+        raise ValueError("mask: expected a visible patch in every image, got none in some")
+    if not mask.any():
+        raise ValueError("mask: expected a removed patch, got none in the whole batch")

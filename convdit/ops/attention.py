@@ -1,0 +1,140 @@
+"""Self-attention on the packed output of a qkv Linear, and the attention half of an adaLN-Zero block.
+
+Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Peebles & Xie, "Scalable Diffusion Models with
+Transformers" (2023), section 3.2. On a CPU the arithmetic of attention is PyTorch's own flash kernel, called on strided
+views of qkv; packing the three gradients is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from ._common import accumulate_dtype, autocast, check_floating, library, needs_grad, register_vmap
+from .adaln import gated_residual, layer_norm_modulate
+
+
+def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """Multi-head softmax attention of each sequence over itself.
+
+    Args:
+        qkv: (B, T, 3 D) as one Linear writes it: q, k, v in turn, each with its heads side by side. float32, float64,
+            bfloat16 or float16, any strides. Under autocast it is cast as PyTorch casts attention.
+        num_heads: heads; must divide D.
+        scale: multiplies the scores; ``(D / num_heads) ** -0.5`` unless given.
+
+    Returns:
+        (B, T, D) in qkv's dtype, contiguous, heads side by side.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a dtype, shape or number of heads that does not fit, naming the argument.
+
+    Source: the attention of facebookresearch/DiT's blocks (timm's ``Attention`` without norms or dropout).
+    """
+    check_floating("qkv", qkv)
+    if qkv.dim() != 3:
+        raise ValueError(f"qkv: expected shape (B, T, 3 D), got {tuple(qkv.shape)}")
+    if not isinstance(num_heads, int) or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            f"num_heads: expected a number of heads that divides D = {qkv.shape[2] / 3:g}, got {num_heads}"
+        )
+    qkv = autocast(qkv)
+    if scale is None:
+        scale = max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5
+    if needs_grad(qkv):
+        return _PackedAttention.apply(qkv, num_heads, scale)[0]
+    return library.packed_attention_fwd(qkv, num_heads, scale)[0]
+
+
+@torch.library.register_fake("convdit::packed_attention_fwd")
+def _(qkv, num_heads, scale):
+    batch, tokens, width = qkv.shape
+    log_sum_exp = qkv.new_empty((batch, tokens, num_heads), dtype=accumulate_dtype(qkv.dtype))
+    return qkv.new_empty((batch, tokens, width // 3)), log_sum_exp
+
+
+@torch.library.register_fake("convdit::packed_attention_bwd")
+def _(grad, qkv, out, log_sum_exp, num_heads, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+register_vmap("packed_attention_fwd", folded=(0,))
+register_vmap("packed_attention_bwd", folded=(0, 1, 2, 3))
+
+
+@register_flop_formula(library.packed_attention_fwd)
+def _(qkv, num_heads, scale, out_shape=None, **_kwargs) -> int:
+    batch, tokens, width = qkv
+    return 2 * 2 * batch * tokens * tokens * (width // 3)  # two matrix products: q k^T, and the weights times v
+
+
+@register_flop_formula(library.packed_attention_bwd)
+def _(grad, qkv, *_args, out_shape=None, **_kwargs) -> int:
+    batch, tokens, width = qkv
+    return 5 * 2 * batch * tokens * tokens * (width // 3)  # q k^T again, and the gradients of q, k, v and the weights
+
+
+class _PackedAttention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(qkv, num_heads, scale):
+        return library.packed_attention_fwd(qkv, num_heads, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        qkv, ctx.num_heads, ctx.scale = inputs
+        out, log_sum_exp = output
+        ctx.mark_non_differentiable(log_sum_exp)
+        ctx.save_for_backward(qkv, out, log_sum_exp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _log_sum_exp):
+        return library.packed_attention_bwd(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+
+
+def adaln_zero_attention(
+    x: Tensor,
+    modulation: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    num_heads: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The attention half of an adaLN-Zero block, residual included.
+
+    ``x + gate * proj(attention(qkv(LN(x) * (1 + scale) + shift)))``, of :func:`layer_norm_modulate`,
+    :func:`packed_attention` and :func:`gated_residual`, with PyTorch's matrix products between them.
+
+    Args:
+        x: (B, T, D), the residual stream.
+        modulation: (B, 3, D): shift, scale, gate.
+        qkv_weight, qkv_bias: (3 D, D) and (3 D,) or None, as nn.Linear keeps them.
+        proj_weight, proj_bias: (D, D) and (D,) or None.
+        num_heads: heads; must divide D.
+        eps: added to the variance of the LayerNorm.
+
+    Returns:
+        (B, T, D) in x's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a dtype, shape or number of heads that does not fit, naming the argument.
+
+    Source: Peebles & Xie 2023, section 3.2, adaLN-Zero block.
+    """
+    check_floating("x", x)
+    check_floating("modulation", modulation)
+    expected = (x.shape[0], 3, x.shape[-1])
+    if x.dim() != 3:
+        raise ValueError(f"x: expected shape (B, T, D), got {tuple(x.shape)}")
+    if tuple(modulation.shape) != expected:
+        raise ValueError(f"modulation: expected shape {expected}, got {tuple(modulation.shape)}")
+    shift, scale, gate = modulation.unbind(1)
+    attended = packed_attention(F.linear(layer_norm_modulate(x, shift, scale, eps), qkv_weight, qkv_bias), num_heads)
+    return gated_residual(x, F.linear(attended, proj_weight, proj_bias), gate)

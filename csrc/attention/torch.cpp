@@ -1,0 +1,103 @@
+// Self-attention on the packed output of a qkv Linear, forward and backward.
+//
+//   q, k, v (B, T, heads, d) = the thirds of qkv (B, T, 3D), D = heads * d
+//   out (B, T, D) = softmax(scale * q k^T) v, head by head          log_sum_exp (B, T, heads) over the keys
+//
+// On the CPU the arithmetic is PyTorch's own flash attention, called through the dispatcher on strided views of qkv, so
+// nothing is copied on the way in or out of the forward; what is ours is the packing of the three gradients into one.
+#include "common/checks.h"
+
+namespace convdit {
+namespace {
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+struct Shape {
+  int64_t batch, tokens, heads, head_dim;
+};
+
+Shape shape_of(const Tensor& qkv, int64_t heads) {
+  dtype_of("qkv", qkv);
+  check_dim("qkv", qkv, 3, "(B, T, 3D)");
+  CONVDIT_CHECK(heads >= 1, "num_heads: expected at least 1, got ", heads);
+  CONVDIT_CHECK(qkv.size(2) % (3 * heads) == 0, "qkv: expected a last size that 3 * num_heads = ", 3 * heads,
+                " divides, got shape ", describe(qkv));
+  return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
+}
+
+// The i-th third of qkv, or of its gradient, as (B, heads, T, d): a view.
+Tensor third(const Tensor& qkv, const Shape& s, int64_t i) {
+  const Tensor parts = torch::stable::view(qkv, {s.batch, s.tokens, 3, s.heads, s.head_dim});
+  return torch::stable::transpose(torch::stable::select(parts, 2, i), 1, 2);
+}
+
+Tensor by_heads(const Tensor& t, const Shape& s) {  // (B, T, D) -> (B, heads, T, d): a view
+  return torch::stable::transpose(torch::stable::view(t, {s.batch, s.tokens, s.heads, s.head_dim}), 1, 2);
+}
+
+// (B, T, size) of a fresh contiguous tensor's memory; not a view in autograd's eyes, which would forbid changing it in place.
+Tensor unsafe_view(const Tensor& t, const Shape& s, int64_t size) {
+  const int64_t sizes[3] = {s.batch, s.tokens, size};
+  StableIValue stack[2] = {from(t), from(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 3))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack, TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+// The flash kernels read rows of d without gaps.
+Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
+
+std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& qkv_in, int64_t num_heads, double scale) {
+  const Shape s = shape_of(qkv_in, num_heads);
+  if (qkv_in.numel() == 0)
+    return {allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv_in.scalar_type(), qkv_in),
+            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv_in), qkv_in)};
+  const Tensor qkv = rows_without_gaps(qkv_in);
+  StableIValue stack[7] = {from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
+                           from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
+  const Tensor out = to<Tensor>(stack[0]), log_sum_exp = to<Tensor>(stack[1]);
+  // Both lie in memory as (B, T, heads, ...) today; dense() keeps this right should that change.
+  return {unsafe_view(dense(torch::stable::transpose(out, 1, 2)), s, s.heads * s.head_dim),
+          unsafe_view(dense(torch::stable::transpose(log_sum_exp, 1, 2)), s, s.heads)};
+}
+
+Tensor packed_attention_bwd(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp,
+                            int64_t num_heads, double scale) {
+  const Shape s = shape_of(qkv_in, num_heads);
+  for (const auto& [name, t] : {std::tuple("grad", &grad_in), std::tuple("out", &out_in)}) {
+    check_same_device(name, *t, "qkv", qkv_in);
+    check_shape(name, *t, {s.batch, s.tokens, s.heads * s.head_dim});
+    check_dtype(name, *t, qkv_in.scalar_type());
+  }
+  check_shape("log_sum_exp", log_sum_exp, {s.batch, s.tokens, s.heads});
+  const Tensor grad_qkv = allocate_like(qkv_in);
+  if (qkv_in.numel() == 0) return grad_qkv;
+  const Tensor qkv = rows_without_gaps(qkv_in), grad = rows_without_gaps(grad_in), out = rows_without_gaps(out_in);
+  StableIValue stack[10] = {from(by_heads(grad, s)), from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
+                            from(by_heads(out, s)), from(torch::stable::transpose(log_sum_exp, 1, 2)),
+                            from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", stack, TORCH_ABI_VERSION));
+  for (int64_t i = 0; i < 3; ++i) {
+    Tensor part = third(grad_qkv, s, i);
+    torch::stable::copy_(part, to<Tensor>(stack[i]));
+  }
+  return grad_qkv;
+}
+
+#ifdef CONVDIT_SCHEMAS
+CONVDIT_SCHEMAS(m) {
+  m.def("packed_attention_fwd(Tensor qkv, int num_heads, float scale) -> (Tensor out, Tensor log_sum_exp)");
+  m.def("packed_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, int num_heads, float scale) -> Tensor");
+}
+#endif
+
+CONVDIT_KERNELS(m) {
+  m.impl("packed_attention_fwd", TORCH_BOX(&packed_attention_fwd));
+  m.impl("packed_attention_bwd", TORCH_BOX(&packed_attention_bwd));
+}
+
+}  // namespace
+}  // namespace convdit
