@@ -108,9 +108,7 @@ def _packed(features, weight, bias, sites, eps, scope, gelu):
     if scope not in ("sample", "batch"):
         raise ValueError(f'scope: expected "sample" or "batch", got {scope!r}')
     if features.dim() != 2 or features.shape[0] != len(sites):
-        raise ValueError(
-            f"features: expected shape ({len(sites)}, C), one row a site, got {tuple(features.shape)}"
-        )
+        raise ValueError(f"features: expected shape ({len(sites)}, C), one row a site, got {tuple(features.shape)}")
     if scope == "batch":  # one image that has all the sites
         return _dense(features[None, :, None], weight, bias, eps, gelu)[0, :, 0]
     features = autocast(features)

@@ -70,10 +70,12 @@ void two_passes(const GrnShape& p, const int64_t* first_tile, int64_t row_bytes,
   }
 }
 
-// totals[c] = sum of part[tile * stride + c] over tiles in order, in double; f(c, totals, n) for each chunk of channels.
+// Small sums are taken in double, a chunk of channels at a time, so that the compiler can use whole registers.
+constexpr int kChunk = 32;
+
+// f(first channel, sums over the tiles in order, n) for each chunk of n channels; `stride` lies between tiles.
 template <class A, class F>
 void sum_tiles(const A* part, int64_t tiles, int64_t stride, int64_t channels, const F& f) {
-  constexpr int kChunk = 32;
   for (int64_t c = 0; c < channels; c += kChunk) {
     const int n = channels - c < kChunk ? static_cast<int>(channels - c) : kChunk;
     double totals[kChunk] = {};
@@ -88,6 +90,24 @@ void sum_tiles(const A* part, int64_t tiles, int64_t stride, int64_t channels, c
     f(c, totals, n);
   }
 }
+
+// A mean over channels, collected chunk by chunk.
+struct Mean {
+  double totals[kChunk] = {};
+  template <class A>
+  CONVDIT_INLINE void add(const A* values, int n) {
+    if (n == kChunk) {
+      for (int i = 0; i < kChunk; ++i) totals[i] += values[i];
+    } else {
+      for (int i = 0; i < n; ++i) totals[i] += values[i];
+    }
+  }
+  double over(int64_t channels) const {
+    double total = 0;
+    for (const double t : totals) total += t;
+    return total / static_cast<double>(channels);
+  }
+};
 
 template <bool Gelu, class V>
 CONVDIT_INLINE V activate(V x) {
@@ -112,15 +132,12 @@ void add_squares(const T* x, T* kept, int64_t rows, int64_t channels, accum_t<T>
 // norm and scale = 1 + weight * N of one image from the sums of its tiles.
 template <class A>
 void finish_image(const A* sums, int64_t tiles, int64_t channels, A eps, const A* weight, A* norm, A* scale) {
-  double total = 0;
-  sum_tiles(sums, tiles, channels, channels, [&](int64_t c, const double* squares, int n) {
-    for (int i = 0; i < n; ++i) {
-      const double root = __builtin_sqrt(squares[i]);
-      norm[c + i] = static_cast<A>(root);
-      total += root;
-    }
+  Mean mean;
+  sum_tiles(sums, tiles, channels, channels, [&](int64_t c, const double* squares, int n) __attribute__((always_inline)) {
+    for (int i = 0; i < n; ++i) norm[c + i] = static_cast<A>(__builtin_sqrt(squares[i]));
+    mean.add(norm + c, n);
   });
-  const A divisor = static_cast<A>(total / static_cast<double>(channels)) + eps;
+  const A divisor = static_cast<A>(mean.over(channels)) + eps;
   for (int64_t c = 0; c < channels; ++c) scale[c] = 1 + weight[c] * (norm[c] / divisor);
 }
 
@@ -135,11 +152,14 @@ void apply(const T* x, const accum_t<T>* scale, const accum_t<T>* bias, T* y, in
     });
 }
 
+// The output may hold a value between the passes where that loses nothing: not where it has fewer digits than the sums.
+template <bool Gelu, class T>
+constexpr bool kKeepBetweenPasses = Gelu && sizeof(T) == sizeof(accum_t<T>);
+
 template <bool Gelu, class T>
 void forward(const Grn& p, const Runner& run) {
   using A = accum_t<T>;
-  // GELU is kept in y between the passes where that loses nothing: not where y has fewer digits than the arithmetic.
-  constexpr bool kKeep = Gelu && sizeof(T) == sizeof(A);
+  constexpr bool kKeep = kKeepBetweenPasses<Gelu, T>;
   const int64_t channels = p.channels;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
@@ -165,16 +185,22 @@ void forward(const Grn& p, const Runner& run) {
       });
 }
 
-// sums[0][c] = sum of grad * g, sums[1][c] = sum of grad over the tile's rows.
-template <bool Gelu, class T>
-void add_products(const T* grad, const T* x, int64_t rows, int64_t channels, accum_t<T>* sums) {
+// sums[0][c] = sum of grad * g, sums[1][c] = sum of grad over the tile's rows; normal_cdf(x) goes to `kept` where Keep.
+template <bool Gelu, bool Keep, class T>
+void add_products(const T* grad, const T* x, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
   using A = accum_t<T>;
   A* plain = sums + channels;
   for (int64_t c = 0; c < 2 * channels; ++c) sums[c] = 0;
-  for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels)
+  for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels, kept += Keep ? channels : 0)
     for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(full)::value;
-      const Vec<A> g = activate<Gelu>(load_lanes<kFull>(x + i, n)), d = load_lanes<kFull>(grad + i, n);
+      Vec<A> g = load_lanes<kFull>(x + i, n);
+      const Vec<A> d = load_lanes<kFull>(grad + i, n);
+      if constexpr (Gelu) {
+        const Vec<A> cdf = normal_cdf(g);
+        if constexpr (Keep) store_lanes<kFull>(kept + i, cdf, n);
+        g *= cdf;
+      }
       store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + g * d, n);
       store_lanes<kFull>(plain + i, load_lanes<kFull>(plain + i, n) + d, n);
     });
@@ -190,27 +216,30 @@ struct ImageGradients {
 
 template <class A>
 void finish_image_backward(const A* sums, int64_t tiles, int64_t channels, A eps, const A* norm, const A* weight, ImageGradients<A> out) {
-  double total_norm = 0, total_pull = 0;
-  for (int64_t c = 0; c < channels; ++c) total_norm += norm[c];
-  const A divisor = static_cast<A>(total_norm / static_cast<double>(channels)) + eps;
-  sum_tiles(sums, tiles, 2 * channels, channels, [&](int64_t c, const double* products, int n) {
+  Mean mean_norm, mean_pull;
+  for (int64_t c = 0; c < channels; c += kChunk) mean_norm.add(norm + c, channels - c < kChunk ? static_cast<int>(channels - c) : kChunk);
+  const A divisor = static_cast<A>(mean_norm.over(channels)) + eps;
+  sum_tiles(sums, tiles, 2 * channels, channels, [&](int64_t c, const double* products, int n) __attribute__((always_inline)) {
+    double pull[kChunk];
     for (int i = 0; i < n; ++i) {
       const A product = static_cast<A>(products[i]), response = norm[c + i] / divisor;
-      total_pull += static_cast<double>(weight[c + i]) * product * response;
+      pull[i] = static_cast<double>(weight[c + i]) * product * response;
       out.scale[c + i] = 1 + weight[c + i] * response;
       out.pull[c + i] = weight[c + i] * product;
       out.weight[c + i] = product * response;
     }
+    mean_pull.add(pull, n);
   });
-  sum_tiles(sums + channels, tiles, 2 * channels, channels, [&](int64_t c, const double* grads, int n) {
+  sum_tiles(sums + channels, tiles, 2 * channels, channels, [&](int64_t c, const double* grads, int n) __attribute__((always_inline)) {
     for (int i = 0; i < n; ++i) out.bias[c + i] = static_cast<A>(grads[i]);
   });
   // Through N = G / (mean G + eps) to G, and through G = sqrt(sum g^2), whose derivative is g / G, or 0 where G is 0.
-  const A mean_pull = static_cast<A>(total_pull / static_cast<double>(channels));
-  for (int64_t c = 0; c < channels; ++c) out.pull[c] = norm[c] > 0 ? (out.pull[c] - mean_pull) / divisor / norm[c] : 0;
+  const A back = static_cast<A>(mean_pull.over(channels));
+  for (int64_t c = 0; c < channels; ++c) out.pull[c] = norm[c] > 0 ? (out.pull[c] - back) / (divisor * norm[c]) : 0;
 }
 
-template <bool Gelu, class T>
+// Where Kept, grad_x holds normal_cdf(x) on entry.
+template <bool Gelu, bool Kept, class T>
 void apply_backward(const T* grad, const T* x, const accum_t<T>* scale, const accum_t<T>* pull, T* grad_x, int64_t rows, int64_t channels) {
   using A = accum_t<T>;
   for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels, grad_x += channels)
@@ -218,7 +247,8 @@ void apply_backward(const T* grad, const T* x, const accum_t<T>* scale, const ac
       constexpr bool kFull = decltype(full)::value;
       const Vec<A> v = load_lanes<kFull>(x + i, n), d = load_lanes<kFull>(grad + i, n) * load_lanes<kFull>(scale + i, n);
       if constexpr (Gelu) {
-        const Vec<A> cdf = normal_cdf(v), grad_g = d + v * cdf * load_lanes<kFull>(pull + i, n);
+        const Vec<A> cdf = Kept ? load_lanes<kFull>(grad_x + i, n) : normal_cdf(v);
+        const Vec<A> grad_g = d + v * cdf * load_lanes<kFull>(pull + i, n);
         store_lanes<kFull>(grad_x + i, grad_g * (cdf + v * normal_pdf(v)), n);
       } else {
         store_lanes<kFull>(grad_x + i, d + v * load_lanes<kFull>(pull + i, n), n);
@@ -229,6 +259,7 @@ void apply_backward(const T* grad, const T* x, const accum_t<T>* scale, const ac
 template <bool Gelu, class T>
 void backward(const GrnBackward& p, const Runner& run) {
   using A = accum_t<T>;
+  constexpr bool kKeep = kKeepBetweenPasses<Gelu, T>;
   const int64_t channels = p.channels;
   const T *grad = static_cast<const T*>(p.grad), *x = static_cast<const T*>(p.x);
   T* grad_x = static_cast<T*>(p.grad_x);
@@ -240,7 +271,7 @@ void backward(const GrnBackward& p, const Runner& run) {
       p, p.first_tile, 3 * channels * static_cast<int64_t>(sizeof(T)), run,
       [&](Tile t, int64_t number) {
         const int64_t at = t.first_row * channels;
-        add_products<Gelu>(grad + at, x + at, t.rows, channels, sums + 2 * number * channels);
+        add_products<Gelu, kKeep>(grad + at, x + at, grad_x + at, t.rows, channels, sums + 2 * number * channels);
       },
       [&](int64_t image) {
         const int64_t tile = p.first_tile[image];
@@ -250,7 +281,7 @@ void backward(const GrnBackward& p, const Runner& run) {
       [&](Tile t, int64_t) {
         const int64_t at = t.first_row * channels;
         const ImageGradients<A> image(by_image, t.image, channels);
-        apply_backward<Gelu>(grad + at, x + at, image.scale, image.pull, grad_x + at, t.rows, channels);
+        apply_backward<Gelu, kKeep>(grad + at, x + at, image.scale, image.pull, grad_x + at, t.rows, channels);
       });
   A* const totals[2] = {static_cast<A*>(p.grad_weight), static_cast<A*>(p.grad_bias)};
   for (int k = 0; k < 2; ++k)
