@@ -23,9 +23,7 @@ class DataOptions:
 
 @dataclass
 class ModelOptions:
-    model: str = option(
-        "auto", "a ConvNeXt by name, small, or auto: small up to 64 pixels, else convnextv2_atto"
-    )
+    model: str = option("auto", "a ConvNeXt by name, small, or auto: small up to 64 pixels, else convnextv2_atto")
     depths: list[int] | None = option(None, "blocks a stage, for another size of the model")
     dims: list[int] | None = option(None, "channels a stage, for another size of the model")
     stem_stride: int | None = option(None, "pixels along a site of the first stage")
@@ -68,9 +66,7 @@ class LoopOptions:
             ("augment", AUGMENTATIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.batch_size % (self.accumulate * world):
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide into {self.accumulate} part(s) on {world} process(es)"
@@ -87,26 +83,18 @@ class PretrainOptions(LoopOptions, ModelOptions, DataOptions):
     """FCMAE: hide most patches, run sparse convolutions on the rest, predict the hidden ones."""
 
     mask_ratio: float = option(0.6, "share of patches hidden")
-    decoder_dim: int | None = option(
-        None, "width of the decoder (default: 4 x first stage, <= 512)"
-    )
+    decoder_dim: int | None = option(None, "width of the decoder (default: 4 x first stage, <= 512)")
     decoder_depth: int = option(1, "blocks of the decoder")
-    norm_pix_loss: bool = option(
-        True, "predict pixels normalised by the patch's mean and deviation"
-    )
+    norm_pix_loss: bool = option(True, "predict pixels normalised by the patch's mean and deviation")
     grn_scope: str = option("sample", "sites that GRN pools over", ("sample", "batch"))
-    sparse: bool = option(
-        True, "sparse convolutions; without: dense ones on masked maps, as a check"
-    )
+    sparse: bool = option(True, "sparse convolutions; without: dense ones on masked maps, as a check")
 
 
 @dataclass
 class FinetuneOptions(LoopOptions, ModelOptions, DataOptions):
     """Train a ConvNeXt classifier, from a pre-trained encoder or from random weights."""
 
-    init: str | None = option(
-        None, "run folder or checkpoint to start from (default: random weights)"
-    )
+    init: str | None = option(None, "run folder or checkpoint to start from (default: random weights)")
     labels: int | None = option(None, "use only so many labelled pictures, balanced (default: all)")
     label_seed: int = option(0, "which pictures those are")
     drop_path: float = option(0.0, "rate of stochastic depth")

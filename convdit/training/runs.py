@@ -96,9 +96,7 @@ class Run:
     options. Nothing is created before all checks have passed.
     """
 
-    def __init__(
-        self, out: str | Path, config: dict, resume: bool = False, main: bool = True
-    ) -> None:
+    def __init__(self, out: str | Path, config: dict, resume: bool = False, main: bool = True) -> None:
         self.path, self.main = Path(out), main
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         if not main:  # the main process checks and writes for all
@@ -131,9 +129,7 @@ class Run:
                 found.append((int(number), path))
         return sorted(found)
 
-    def save_checkpoint(
-        self, step: int, write: Callable[[Path], None], wait: Callable[[], None]
-    ) -> None:
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], wait: Callable[[], None]) -> None:
         """All processes ``write`` into a hidden folder, which then takes its name; older go."""
         place = self.path / CHECKPOINTS / f"step-{step:08d}"
         temporary = place.with_name(f".{place.name}.tmp")
