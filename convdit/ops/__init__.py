@@ -5,6 +5,7 @@ from convdit import _library as _library  # loads the compiled operators, or rai
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import adaln_zero_attention, packed_attention
 from .sites import neighbors
+from .sparse_depthwise_conv import sparse_depthwise_conv2d
 
 __all__ = [
     "adaln_zero_attention",
@@ -13,4 +14,5 @@ __all__ = [
     "layer_norm_modulate",
     "neighbors",
     "packed_attention",
+    "sparse_depthwise_conv2d",
 ]
