@@ -1,4 +1,4 @@
-"""Prints a table of our times against the best rival's: python -m benchmarks [operator ...] [--quick] [--out FILE.json]."""
+"""Prints our times against the best rival's: python -m benchmarks [operator ...] [--quick] [--out FILE.json]."""
 
 from __future__ import annotations
 

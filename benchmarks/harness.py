@@ -3,7 +3,7 @@
 A and B run in turns in one process, so that a busy or throttled machine slows both; the ratio is the median over the
 turns. With one thread the clock is the process's CPU time, which other processes do not disturb; with more it is wall
 time. The ceiling of a row is the larger of its arithmetic at the measured multiply-add rate and its compulsory bytes at
-the measured copy rate, so `fraction` is the share of what this machine could do at best.
+the measured copy rate, so `fraction` is the share of what this machine could do.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured rates: multiply-adds (two operations each) by a matrix product, bytes by a copy larger than the cache."""
+    """Measured rates: multiply-adds (two operations each) by a matrix product, bytes by a copy beyond the cache."""
 
     flops: float
     bytes: float

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from convdit.ops.sites import neighbors
+
 __all__ = ["ActiveSites", "SparseTensor2d", "random_patch_mask"]
 
 
@@ -49,13 +51,13 @@ def random_patch_mask(
     return removed.view(n, rows, columns)
 
 
-def visible_patches(patches: int, ratio: float) -> int:
+def visible_patches(patches: int, ratio: float, name: str = "ratio") -> int:
     """How many of an image's patches a mask of this ratio keeps; ValueError if none."""
     if not 0 <= ratio < 1:
-        raise ValueError(f"ratio: expected a share of patches to remove in [0, 1), got {ratio}")
+        raise ValueError(f"{name}: expected a share of patches to remove in [0, 1), got {ratio}")
     kept = int(patches * (1 - ratio))
     if kept < 1:
-        raise ValueError(f"ratio: {ratio} of {patches} patches leaves no visible patch")
+        raise ValueError(f"{name}: {ratio} of {patches} patches leaves no visible patch")
     return kept
 
 
@@ -83,9 +85,7 @@ class ActiveSites:
         self._block_tables: dict[object, Tensor] = {}  # shared with finer and coarser stages
 
     @classmethod
-    def from_patch_mask(
-        cls, mask: Tensor, block: int, visible_per_image: int | None = None
-    ) -> ActiveSites:
+    def from_patch_mask(cls, mask: Tensor, block: int, visible_per_image: int | None = None) -> ActiveSites:
         """The sites of the patches that a mask leaves.
 
         Args:
@@ -152,7 +152,7 @@ class ActiveSites:
         return self._keep(
             self._block_tables,
             radius,
-            lambda: _neighbors(self.blocks, self.batch_size, height, width, radius),
+            lambda: neighbors(self.blocks, self.batch_size, height, width, radius),
         )
 
     def site_neighbors(self, radius: int) -> Tensor:
@@ -163,7 +163,7 @@ class ActiveSites:
         return self._keep(
             self._tables,
             radius,
-            lambda: _neighbors(self.indices, self.batch_size, height, width, radius),
+            lambda: neighbors(self.indices, self.batch_size, height, width, radius),
         )
 
     def downsample(self, factor: int = 2) -> ActiveSites:
@@ -197,9 +197,7 @@ class ActiveSites:
         moved._block_tables = {key: table.to(device) for key, table in self._block_tables.items()}
         return moved
 
-    def _keep(
-        self, tables: dict[object, Tensor], key: object, make: Callable[[], Tensor]
-    ) -> Tensor:
+    def _keep(self, tables: dict[object, Tensor], key: object, make: Callable[[], Tensor]) -> Tensor:
         if key not in tables:
             tables[key] = make()
         return tables[key]
@@ -241,13 +239,10 @@ class SparseTensor2d:
         if features.dim() != 2:
             raise ValueError(f"features: expected shape (M, C), got {tuple(features.shape)}")
         if features.shape[0] != len(sites):
-            raise ValueError(
-                f"features: expected {len(sites)} rows, one a visible site, got {features.shape[0]}"
-            )
+            raise ValueError(f"features: expected {len(sites)} rows, one a visible site, got {features.shape[0]}")
         if features.device != sites.device:
             raise ValueError(
-                f"features: expected them on the device of the sites, {sites.device}, "
-                f"got {features.device}"
+                f"features: expected them on the device of the sites, {sites.device}, got {features.device}"
             )
         self.features = features
         self.sites = sites
@@ -272,18 +267,14 @@ class SparseTensor2d:
             empty = self.features.new_full(shape, fill)
         values = self.features.reshape(sites.blocks.shape[0], b, b, channels)
         blocks = empty.index_put(sites.blocks.long().unbind(1), values)
-        return blocks.permute(0, 1, 3, 2, 4, 5).reshape(
-            sites.batch_size, *sites.spatial_shape, channels
-        )
+        return blocks.permute(0, 1, 3, 2, 4, 5).reshape(sites.batch_size, *sites.spatial_shape, channels)
 
     @classmethod
     def from_dense(cls, x: Tensor, sites: ActiveSites) -> SparseTensor2d:
         """Read the sites of x, (N, H, W, C) of the sites' N, H and W."""
         expected = (sites.batch_size, *sites.spatial_shape)
         if x.dim() != 4 or tuple(x.shape[:3]) != expected:
-            raise ValueError(
-                f"x: expected shape {(*expected, 'C')} to match the sites, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"x: expected shape {(*expected, 'C')} to match the sites, got {tuple(x.shape)}")
         if x.device != sites.device:
             raise ValueError(f"x: expected device {sites.device} of the sites, got {x.device}")
         n, (height, width), b = sites.batch_size, sites.grid, sites.block
@@ -312,9 +303,7 @@ class SparseTensor2d:
             ValueError: other than two dimensions, a site outside the map, or the same site twice.
         """
         if len(tensor.spatial_shape) != 2:
-            raise ValueError(
-                f"tensor: expected two spatial dimensions, got {len(tensor.spatial_shape)}"
-            )
+            raise ValueError(f"tensor: expected two spatial dimensions, got {len(tensor.spatial_shape)}")
         n, height, width = tensor.batch_size, *(int(size) for size in tensor.spatial_shape)
         indices = tensor.indices.long()
         limit = indices.new_tensor((n, height, width))
@@ -332,14 +321,8 @@ def _import_spconv() -> object:
     try:
         import spconv.pytorch as spconv
     except ImportError as error:
-        raise ImportError(
-            "to_spconv needs the package spconv: pip install 'convdit[spconv]'"
-        ) from error
+        raise ImportError("to_spconv needs the package spconv: pip install 'convdit[spconv]'") from error
     return spconv
-
-
-def _neighbors(indices: Tensor, n: int, height: int, width: int, radius: int) -> Tensor:
-    return torch.ops.convdit.neighbors(indices, n, height, width, radius)
 
 
 def _where(visible: Tensor) -> Tensor:
@@ -370,6 +353,5 @@ def _check_visible_per_image(mask: Tensor, expected: int) -> None:
         torch._assert_async((counts == expected).all(), message)
     elif (counts != expected).any():
         raise ValueError(
-            f"visible_per_image: expected {expected} visible patches in every image, "
-            f"got {counts.tolist()}"
+            f"visible_per_image: expected {expected} visible patches in every image, got {counts.tolist()}"
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from convdit import ops, reference  # noqa: F401  (ops loads the operator behind the tables)
+from convdit import reference
 from convdit.sparse import ActiveSites, SparseTensor2d, random_patch_mask
 
 
@@ -193,12 +193,8 @@ def errors():
         "n: expected a number": lambda: random_patch_mask(-1, (7, 7), 0.6),
         r"ratio: expected .* \[0, 1\)": lambda: random_patch_mask(1, (7, 7), 1.0),
         "ratio: 0.9 of 4 patches leaves no": lambda: random_patch_mask(1, (2, 2), 0.9),
-        "mask: expected dtype torch.bool, got torch.float32": lambda: ActiveSites.from_patch_mask(
-            mask.float(), 2
-        ),
-        r"mask: expected shape .* got \(3, 12\)": lambda: ActiveSites.from_patch_mask(
-            mask.flatten(1), 2
-        ),
+        "mask: expected dtype torch.bool, got torch.float32": lambda: ActiveSites.from_patch_mask(mask.float(), 2),
+        r"mask: expected shape .* got \(3, 12\)": lambda: ActiveSites.from_patch_mask(mask.flatten(1), 2),
         "block: expected .* got 0": lambda: ActiveSites.from_patch_mask(mask, 0),
         r"visible_per_image: expected 2 .* got \[2, 0, 2\]": lambda: ActiveSites.from_patch_mask(
             mask, 2, visible_per_image=2
@@ -210,12 +206,8 @@ def errors():
         "features: expected 16 rows, .* got 15": lambda: sparse(torch.zeros(15, 3), sites),
         "features: .* device .* got meta": lambda: sparse(features.to("meta"), sites),
         r"fill: expected shape \(3,\)": lambda: sparse(features, sites).dense(torch.zeros(4)),
-        r"x: expected shape \(3, 6, 8, 'C'\)": lambda: sparse.from_dense(
-            torch.zeros(3, 6, 6, 2), sites
-        ),
-        "x: expected device cpu": lambda: sparse.from_dense(
-            torch.zeros(3, 6, 8, 2, device="meta"), sites
-        ),
+        r"x: expected shape \(3, 6, 8, 'C'\)": lambda: sparse.from_dense(torch.zeros(3, 6, 6, 2), sites),
+        "x: expected device cpu": lambda: sparse.from_dense(torch.zeros(3, 6, 8, 2, device="meta"), sites),
     }
 
 

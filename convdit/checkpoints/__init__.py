@@ -7,6 +7,7 @@ names).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from convdit.checkpoints import (
     convdit_format,
+    diffusers,
     dit_official,
     minkowski,
     official,
@@ -31,6 +33,7 @@ __all__ = ["convert", "detect", "formats", "load", "save", "sparse_to_dense"]
 _FORMATS = {
     module.NAME: module
     for module in (
+        diffusers,
         sit,
         dit_official,
         transformers,
@@ -40,7 +43,7 @@ _FORMATS = {
         convdit_format,
     )
 }
-_DIT = {"dit_official", "sit"}
+_DIT = {"diffusers", "dit_official", "sit"}
 
 
 def formats() -> list[str]:
@@ -75,6 +78,7 @@ def convert(
     source: str | None = None,
     *,
     encoder_only: bool = False,
+    input_size: int | tuple[int, int] | None = None,
 ) -> OrderedDict[str, Tensor]:
     """Converts a state_dict from the format `source` (detected where None) to the format `to`.
 
@@ -86,6 +90,9 @@ def convert(
     A part that the target has no place for raises. `encoder_only=True` keeps a ConvNeXt's stem,
     downsampling layers and stages, and lets FCMAE's decoder, the final norm and the head go.
 
+    diffusers does not store DiT's position table. `input_size`, the height and width of the latent,
+    rebuilds it; without it `to="convdit"` leaves the table to `models.DiT`, which knows its size.
+
     Raises ValueError for an unknown format, for missing or unexpected keys (named), and for wrong
     shapes.
     """
@@ -94,9 +101,11 @@ def convert(
             raise ValueError(f"{name}: expected one of {', '.join(formats())}, got {value!r}")
     state = unwrap(state_dict)
     source = source or _detect(state)
+    if input_size is not None and dit_official.is_dit(state):
+        state = dit_official.with_positions(state, {**facts_of(state), **_grid(state, input_size)})
     ours, facts = _FORMATS[source].read(state)
     facts = {**facts_of(state), **facts}
-    is_dit = dit_official.matches(ours)
+    is_dit = dit_official.is_dit(ours)
     if to != convdit_format.NAME and is_dit != (to in _DIT):
         kind = "DiT" if is_dit else "ConvNeXt"
         raise ValueError(f"to: a {kind} checkpoint cannot be written in the format {to!r}")
@@ -104,10 +113,34 @@ def convert(
         if is_dit:
             raise ValueError("encoder_only: a DiT checkpoint has no encoder to keep")
         ours = encoder_of(ours)
+    if is_dit:
+        facts |= _grid(ours, input_size)
     out = _FORMATS[to].write(ours, facts)
     if to in (sit.NAME, dit_official.NAME):
         facts["kind"] = to
     return with_facts(out, facts)
+
+
+def _grid(
+    ours: Mapping[str, Tensor], input_size: int | tuple[int, int] | None
+) -> dict[str, tuple[int, int]]:
+    """The grid of patches of a DiT, where it is told or its stored position table is square."""
+    if input_size is not None:
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        weight = ours.get("x_embedder.proj.weight")
+        if weight is None or weight.ndim != 4:
+            return {}  # reading the state will say so
+        patch = weight.shape[-1]
+        if height < 1 or width < 1 or height % patch or width % patch:
+            raise ValueError(f"input_size: expected multiples of patch {patch}, got {input_size}")
+        grid = (height // patch, width // patch)
+        if "pos_embed" in ours and ours["pos_embed"].shape[1] != grid[0] * grid[1]:
+            positions = ours["pos_embed"].shape[1]
+            raise ValueError(f"input_size: {input_size} does not have {positions} patches")
+        return {"grid": grid}
+    positions = ours["pos_embed"].shape[1] if "pos_embed" in ours else 0
+    side = math.isqrt(positions)
+    return {"grid": (side, side)} if side and side * side == positions else {}
 
 
 def sparse_to_dense(
@@ -123,7 +156,7 @@ def sparse_to_dense(
     leave them out.
     """
     ours = convert(state_dict, convdit_format.NAME)
-    if dit_official.matches(ours):
+    if dit_official.is_dit(ours):
         raise ValueError("state_dict: expected an FCMAE or ConvNeXt checkpoint, got a DiT")
     encoder = encoder_of(ours)
     rest = [key for key in ours if key.removeprefix("encoder.") not in encoder]

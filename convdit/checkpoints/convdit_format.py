@@ -21,25 +21,30 @@ __all__ = ["NAME", "matches", "read", "write"]
 
 NAME = "convdit"
 
+_WHAT = "this is not a checkpoint in convdit's names"
+
 
 def matches(state: Mapping[str, Tensor]) -> bool:
-    """A ConvNeXt or FCMAE under our names; a DiT is detected as "dit_official"."""
-    return is_convnext(state)
+    """A ConvNeXt or FCMAE under our names, or a DiT that does not fit the official format."""
+    return is_convnext(state) or dit_official.is_dit(state)
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
     """Checks the state and brings it to our exact layout."""
-    if dit_official.matches(state):
-        return dit_official.read(state)
+    if dit_official.is_dit(state):
+        dit_official.check_dit(state, _WHAT)
+        return OrderedDict(state), {}
     state, _ = rename(state, lambda key: key, flat_grn)
     body, decoder, prefixed = split(state)
     ours = join(body, decoder, False)
     bare = prefixed and not decoder
     name = (lambda key: f"encoder.{key}") if bare else (lambda key: key)
-    check_convnext(ours, "this is not a checkpoint in convdit's names", name)
+    check_convnext(ours, _WHAT, name)
     return ours, {"encoder_prefix": True} if bare else {}
 
 
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
-    """The state as it is: it was checked when it was read."""
-    return OrderedDict(ours)
+    """The state as it is, for it was checked when it was read; a DiT's known position table."""
+    return (
+        dit_official.with_positions(ours, facts) if dit_official.is_dit(ours) else OrderedDict(ours)
+    )

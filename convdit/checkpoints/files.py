@@ -47,6 +47,8 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> OrderedDict[st
         raise IsADirectoryError(f"{path}: expected a checkpoint file, this is a directory")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a checkpoint file, this is a device or a pipe")
     with path.open("rb") as file:
         head = file.read(9)
     # Safetensors first: its leading length can look like either mark of torch.save, theirs never

@@ -25,6 +25,7 @@ __all__ = [
     "join",
     "mismatches",
     "raise_mismatch",
+    "rows",
     "split",
 ]
 
@@ -36,18 +37,17 @@ _HEAD = re.compile(r"(?:norm|head)\..+")
 
 
 def is_decoder_key(key: str) -> bool:
-    """Whether a tensor of this name belongs to FCMAE's decoder (mask token, projection, blocks, prediction)."""
+    """Whether a tensor of this name belongs to FCMAE's decoder or is its mask token."""
     return _DECODER.fullmatch(key) is not None
 
 
 def split(
     state: Mapping[str, Tensor],
 ) -> tuple[OrderedDict[str, Tensor], OrderedDict[str, Tensor], bool]:
-    """Takes an FCMAE apart: (ConvNeXt without the prefix, decoder, whether the prefix was there).
+    """Takes an FCMAE apart: (ConvNeXt, decoder, whether the names had the prefix `encoder.`).
 
     A bare ConvNeXt comes back whole. A final norm and a head may stand beside a prefixed encoder,
-    as in a fine-tuned state; any other name without the prefix is kept as it is and becomes an
-    unexpected key later.
+    as in a fine-tuned state; any other name without the prefix raises ValueError.
     """
     prefixed = any(key.startswith(_PREFIX) for key in state)
     body: OrderedDict[str, Tensor] = OrderedDict()
@@ -183,9 +183,13 @@ def _stages(body: Mapping[str, Tensor]) -> int:
     return max(_count(body, r"stages\.(\d+)\."), _count(body, r"downsample_layers\.(\d+)\."), 1)
 
 
+def rows(state: Mapping[str, Tensor], key: str) -> int | None:
+    """The first size of a tensor; None where there is none."""
+    return state[key].shape[0] if key in state and state[key].ndim else None
+
+
 def _width(body: Mapping[str, Tensor], stage: int) -> int | None:
-    key = "downsample_layers.0.0.weight" if stage == 0 else f"downsample_layers.{stage}.1.weight"
-    return body[key].shape[0] if key in body and body[key].ndim else None
+    return rows(body, f"downsample_layers.{stage}.{min(stage, 1)}.weight")
 
 
 def _extras(keys: Iterable[str], version: int | None) -> tuple[bool, bool]:
@@ -218,7 +222,8 @@ def _convnext_shapes(body: Mapping[str, Tensor], version: int | None) -> dict[st
     if any(_HEAD.fullmatch(key) for key in body):
         shapes.update(_norm("norm", dims[-1]))
     if any(key.startswith("head.") for key in body):
-        shapes.update({"head.weight": (None, dims[-1]), "head.bias": (None,)})
+        classes = rows(body, "head.weight")
+        shapes.update({"head.weight": (classes, dims[-1]), "head.bias": (classes,)})
     return shapes
 
 
@@ -227,12 +232,13 @@ def _decoder_shapes(
 ) -> dict[str, Shape]:
     token = decoder.get("mask_token")
     width = token.shape[1] if token is not None and token.ndim == 4 else None
+    pixels = rows(decoder, "pred.weight")
     shapes: dict[str, Shape] = {
         "mask_token": (1, width, 1, 1),
         "proj.weight": (width, encoder_width, 1, 1),
         "proj.bias": (width,),
-        "pred.weight": (None, width, 1, 1),
-        "pred.bias": (None,),
+        "pred.weight": (pixels, width, 1, 1),
+        "pred.bias": (pixels,),
     }
     grn, gamma = _extras(decoder, version)
     for j in range(_count(decoder, r"decoder\.(\d+)\.")):

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convdit.checkpoints.layout import check_convnext, flat_grn, join, split
+from convdit.checkpoints.layout import check_convnext, flat_grn, is_convnext, join, split
 from convdit.checkpoints.names import KeyTable, rename
 from convdit.checkpoints.official import official_grn
 
@@ -58,7 +58,7 @@ _MARK = re.compile(r"\.kernel$|\.(?:ln|linear)\.(?:weight|bias)$")
 
 def matches(state: Mapping[str, Tensor]) -> bool:
     """Names that only MinkowskiEngine's wrappers give: `.kernel`, `.ln.`, `.linear.`."""
-    return any("downsample_layers.0.0." in key for key in state) and any(map(_MARK.search, state))
+    return is_convnext(state) and any(map(_MARK.search, state))
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
@@ -99,12 +99,12 @@ def _to_dense(old: str, new: str, tensor: Tensor) -> Tensor:
     taps = tensor.shape[0] if tensor.ndim else 0
     k = math.isqrt(taps)
     depthwise = ".dwconv." in old
-    if tensor.ndim != (2 if depthwise else 3) or k * k != taps:
+    if tensor.ndim != (2 if depthwise else 3) or k * k != taps or taps == 0:
         wanted = "(K*K, C)" if depthwise else "(K*K, in, out)"
         raise ValueError(f"{old!r} has shape {tuple(tensor.shape)}, expected {wanted}")
     # Taps are numbered i + K*j, so the axis splits into (j, i); the kernel wants (i, j).
     if depthwise:
-        return tensor.reshape(k, k, -1).permute(2, 1, 0).unsqueeze(1).contiguous()
+        return tensor.reshape(k, k, *tensor.shape[1:]).permute(2, 1, 0).unsqueeze(1).contiguous()
     return tensor.reshape(k, k, *tensor.shape[1:]).permute(3, 2, 1, 0).contiguous()
 
 

@@ -6,6 +6,7 @@ femto, pico, nano), so their weights have four axes; from tiny up they are Linea
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -44,8 +45,11 @@ _TABLE = KeyTable(
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
-    """timm's stem and its name for the depthwise convolution."""
-    return "stem.0.weight" in state and any(".conv_dw." in key for key in state)
+    """timm's names inside a stage."""
+    return any(
+        re.match(r"stages\.\d+\.(?:blocks\.\d+\.(?:conv_dw|mlp)|downsample)\.", key)
+        for key in state
+    )
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:

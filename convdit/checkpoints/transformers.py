@@ -7,6 +7,7 @@ timm's use 1e-6; no tensor holds it, so a converted model differs by that eps al
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -45,9 +46,11 @@ _CLASSIFIER = "classifier."
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
-    """The name of the stem's convolution, with or without the classifier's prefix."""
-    stem = "embeddings.patch_embeddings.weight"
-    return any(prefix + stem in state for prefix in ("", *_PREFIXES))
+    """Their names inside a stage, with or without the classifier's prefix."""
+    stage = re.compile(
+        r"(?:convnext(?:v2)?\.)?encoder\.stages\.\d+\.(?:layers|downsampling_layer)\."
+    )
+    return any(stage.match(key) for key in state)
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:

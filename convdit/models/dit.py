@@ -116,6 +116,13 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed.copy_(sincos_position_table(self.hidden_size, self.grid))
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # The position table is fixed: formats that compute it do not store it.
+        if prefix + "pos_embed" not in state_dict:
+            table = sincos_position_table(self.hidden_size, self.grid)
+            state_dict[prefix + "pos_embed"] = table[None].to(self.pos_embed.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None
     ) -> Tensor:

@@ -93,7 +93,8 @@ class FCMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.sparse = sparse
-        self._grid(*((image_size, image_size) if isinstance(image_size, int) else image_size))
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._visible(self._grid("image_size", *size))
 
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.empty(1, decoder_dim, 1, 1))
@@ -155,7 +156,7 @@ class FCMAE(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """(N, c, H, W) to (N, L, p * p * c), values of a patch in order (py, px, c)."""
-        p, (height, width) = self.patch_size, self._grid(*images.shape[2:])
+        p, (height, width) = self.patch_size, self._grid("images", *images.shape[2:])
         patches = images.view(*images.shape[:2], height, p, width, p).permute(0, 2, 4, 3, 5, 1)
         return patches.reshape(images.shape[0], height * width, -1)
 
@@ -203,8 +204,8 @@ class FCMAE(nn.Module):
         self, images: Tensor, mask: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, ActiveSites]:
         check_images("images", images, self.encoder.in_chans, 1)
-        grid, n = self._grid(*images.shape[2:]), images.shape[0]
-        kept = visible_patches(grid[0] * grid[1], self.mask_ratio)
+        grid, n = self._grid("images", *images.shape[2:]), images.shape[0]
+        kept = self._visible(grid)
         if mask is None:
             device = None if generator is not None else images.device
             mask = random_patch_mask(n, grid, self.mask_ratio, generator, device).to(images.device)
@@ -215,14 +216,16 @@ class FCMAE(nn.Module):
         block = self.patch_size // self.encoder.stem_stride
         return mask, ActiveSites.from_patch_mask(mask, block, kept)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def _visible(self, grid: tuple[int, int]) -> int:
+        return visible_patches(grid[0] * grid[1], self.mask_ratio, "mask_ratio")
+
+    def _grid(self, name: str, height: int, width: int) -> tuple[int, int]:
         p = self.patch_size
         if height < p or width < p or height % p or width % p:
             raise ValueError(
-                f"images: expected a height and a width that patches of {p}x{p} divide, "
+                f"{name}: expected a height and a width that patches of {p}x{p} divide, "
                 f"got {height}x{width}"
             )
-        visible_patches(height * width // p**2, self.mask_ratio)
         return height // p, width // p
 
 

@@ -5,7 +5,7 @@
 //   Vec<float>, Vec<double>     arithmetic; lanes<A> of them
 //   load<A>(p), store(p, v)     any alignment; p may point to float, double, bf16 or f16: converted on the way
 //   load<A>(p, n), store(p, v, n)  the first n < lanes<A> lanes; others load as 0 and are not stored
-//   splat, sum, vmax, exp, erf, tanh
+//   splat, sum, vmax, exp, tanh, normal_cdf, normal_pdf
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -269,9 +269,14 @@ CONVDIT_INLINE V vabs(V a) { return a < 0 ? -a : a; }
 
 // e^x, relative error below 2e-7 (float); 0 below -104, infinity above 88.7.
 CONVDIT_INLINE Vec<float> exp(Vec<float> x) {
-  const Vec<float> clamped = vmin(vmax(x, splat(-104.f)), splat(89.f));
+  const Vec<float> clamped = vmin(splat(89.f), vmax(splat(-104.f), x));  // in this order a NaN stays one
+#if defined(__AVX512F__)
+  const Vec<float> n = reinterpret_cast<Vec<float>>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(clamped * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
   const Vec<float> shift = splat(0x1.8p23f);
   const Vec<float> n = (clamped * 1.44269504f + shift) - shift;  // rounded to an integer by the adder
+#endif
   Vec<float> r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   Vec<float> p = splat(1.9875691e-4f);
@@ -281,13 +286,16 @@ CONVDIT_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   // 2^n in two steps, so that subnormal results and results near the largest float are right.
   typedef typename VecOf<float>::integer Int;
   const Int whole = __builtin_convertvector(n, Int), half = whole >> 1;
   const Vec<float> a = reinterpret_cast<Vec<float>>((half + 127) << 23);
   const Vec<float> b = reinterpret_cast<Vec<float>>((whole - half + 127) << 23);
-  const Vec<float> y = p * a * b;
-  return x != x ? x : y;
+  return p * a * b;
+#endif
 }
 
 // 1/(1+e^-2x) - 1/(1+e^2x), by a polynomial near 0 where that would cancel; absolute error below 2e-7.
@@ -302,6 +310,33 @@ CONVDIT_INLINE Vec<float> tanh(Vec<float> x) {
   return a < 0.625f ? x + x * s * p : (x < 0 ? -far : far);
 }
 
+// The standard normal distribution at x, absolute error below 1.5e-7; exactly 0 and 1 beyond 5.5 standard deviations, so
+// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * p(x^2): p is a minimax fit of degree 15 in
+// u = 2 (x / 5.5)^2 - 1, an interval on which none of its terms cancel. No exponential and no division.
+CONVDIT_INLINE Vec<float> normal_cdf(Vec<float> x) {
+  const Vec<float> s = x * x, u = s * 0.0661156997f - 1.f;
+  Vec<float> p = splat(-0x1.efcddcp-13f);
+  p = p * u + 0x1.4b1e86p-11f;
+  p = p * u + -0x1.156ad8p-11f;
+  p = p * u + 0x1.798abap-11f;
+  p = p * u + -0x1.3d046ep-9f;
+  p = p * u + 0x1.2ee4aap-8f;
+  p = p * u + -0x1.bef318p-8f;
+  p = p * u + 0x1.4f2538p-7f;
+  p = p * u + -0x1.eb7d64p-7f;
+  p = p * u + 0x1.4da73p-6f;
+  p = p * u + -0x1.aac652p-6f;
+  p = p * u + 0x1.06b836p-5f;
+  p = p * u + -0x1.3dca5ep-5f;
+  p = p * u + 0x1.87111p-5f;
+  p = p * u + -0x1.06d992p-4f;
+  p = p * u + 0x1.07463cp-3f;
+  const Vec<float> far = x < 0 ? splat(0.f) : splat(1.f);
+  return s > 30.25f ? far : x * p + 0.5f;
+}
+// Its density, e^(-x^2/2) / sqrt(2 pi), absolute error below 1e-7.
+CONVDIT_INLINE Vec<float> normal_pdf(Vec<float> x) { return exp(x * x * -0.5f) * 0.398942280f; }
+
 // float64 exists for checking gradients: exact rather than fast.
 CONVDIT_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = ::exp(x[i]);
@@ -311,5 +346,10 @@ CONVDIT_INLINE Vec<double> tanh(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = ::tanh(x[i]);
   return x;
 }
+CONVDIT_INLINE Vec<double> normal_cdf(Vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = 0.5 * ::erfc(x[i] * -0.70710678118654752440);
+  return x;
+}
+CONVDIT_INLINE Vec<double> normal_pdf(Vec<double> x) { return exp(x * x * -0.5) * 0.39894228040143267794; }
 
 }  // namespace convdit::CONVDIT_LEVEL

@@ -1,5 +1,7 @@
 """Random checkpoints in our own names, written out by hand: no model, no converter."""
 
+import math
+
 import pytest
 import torch
 
@@ -94,3 +96,34 @@ def assert_same():
             assert torch.equal(actual[key], value), key
 
     return check
+
+
+@pytest.fixture
+def dit():
+    """`dit()`: an adaLN-Zero DiT of width 8, two blocks, patches of 2x2x4, a 4x4 grid."""
+
+    def build(seed=0, d=8, depth=2, rows=6):
+        rand = _random(seed)
+        state = {"x_embedder.proj.weight": rand(d, 4, 2, 2), "x_embedder.proj.bias": rand(d)}
+        state["pos_embed"] = torch.empty(1, 16, d)
+        for token in range(16):
+            for half, place in ((0, token % 4), (1, token // 4)):  # the column first
+                for i in range(d // 4):
+                    angle = place / 10000 ** (i / (d / 4))
+                    state["pos_embed"][0, token, half * d // 2 + i] = math.sin(angle)
+                    state["pos_embed"][0, token, half * d // 2 + d // 4 + i] = math.cos(angle)
+        layers = {"t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d)}
+        for i in range(depth):
+            layers[f"blocks.{i}.attn.qkv"] = (3 * d, d)
+            layers[f"blocks.{i}.attn.proj"] = (d, d)
+            layers[f"blocks.{i}.mlp.fc1"] = (4 * d, d)
+            layers[f"blocks.{i}.mlp.fc2"] = (d, 4 * d)
+            layers[f"blocks.{i}.adaLN_modulation.1"] = (rows * d, d)
+        layers["final_layer.linear"] = (32, d)
+        layers["final_layer.adaLN_modulation.1"] = (2 * d, d)
+        for name, (out, inputs) in layers.items():
+            state[f"{name}.weight"], state[f"{name}.bias"] = rand(out, inputs), rand(out)
+        state["y_embedder.embedding_table.weight"] = rand(6, d)
+        return state
+
+    return build

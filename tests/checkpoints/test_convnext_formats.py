@@ -146,13 +146,16 @@ def test_bits_survive_in_every_dtype(classifier):
             assert torch.equal(back[key].view(torch.uint8), value.view(torch.uint8)), key
 
 
-@pytest.mark.parametrize("name", ["timm", "transformers", "convnextv2_official", "convdit"])
-def test_a_missing_and_an_extra_key_raise_and_are_named(classifier, name):
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    "name", ["timm", "transformers", "convnextv2_official", "convdit", "fcmae_minkowski"]
+)
+def test_a_missing_and_an_extra_key_raise_and_are_named(classifier, name, told):
     theirs = checkpoints.convert(classifier(), name)
     for key in theirs:
         damaged = {k: v for k, v in theirs.items() if k != key}
         with pytest.raises(ValueError) as error:
-            checkpoints.convert(damaged, "convdit", source=name)
+            checkpoints.convert(damaged, "convdit", source=name if told else None)
         assert repr(key) in str(error.value), key
     damaged = {**theirs, "stages.9.what.ever": torch.zeros(1)}
     with pytest.raises(ValueError, match="unexpected keys: 'stages.9.what.ever'"):
@@ -170,7 +173,7 @@ def test_what_does_not_fit_the_target_raises(classifier):
     with pytest.raises(ValueError, match="grn.gamma"):
         checkpoints.convert(classifier(version=1), "convnextv2_official")
     with pytest.raises(ValueError, match="ConvNeXt checkpoint cannot be written"):
-        checkpoints.convert(classifier(), "sit")
+        checkpoints.convert(classifier(), "diffusers")
     with pytest.raises(ValueError, match="to: expected one of .*got 'onnx'"):
         checkpoints.convert(classifier(), "onnx")
     with pytest.raises(ValueError, match="source: expected one of .*got 'keras'"):
@@ -195,3 +198,21 @@ def test_training_checkpoints_and_wrapped_models_are_unwrapped(classifier, asser
     assert_same(checkpoints.convert({"model": ours, "epoch": 3}, "convdit"), ours)
     ddp = {"state_dict": {f"module.{key}": value for key, value in ours.items()}}
     assert_same(checkpoints.convert(ddp, "convdit"), ours)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm", "transformers", "convnextv2_official", "convdit", "fcmae_minkowski"]
+)
+def test_a_tensor_of_another_shape_raises_and_is_named(classifier, name):
+    theirs = checkpoints.convert(classifier(), name)
+    for key, value in theirs.items():
+        for wrong in (
+            value.sum(),
+            value[:0],
+            value[None, None, None].expand(2, 1, 1, *value.shape),
+        ):
+            if key == "head.bias" and wrong.ndim == 1:
+                continue  # the number of classes is free
+            with pytest.raises(ValueError) as error:
+                checkpoints.convert({**theirs, key: wrong}, "convdit")
+            assert str(error.value).startswith(("this is not", repr(key))), error.value

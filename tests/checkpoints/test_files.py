@@ -11,6 +11,9 @@ import torch
 
 from convdit import checkpoints
 
+# PyTorch's reader remarks on every pickle protocol but its own.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+
 
 class Hostile:
     """Unpickling it makes a file: the proof that code ran."""
@@ -130,6 +133,12 @@ def test_missing_file_and_directory(tmp_path):
         checkpoints.load(tmp_path / "nothing.pth")
     with pytest.raises(IsADirectoryError, match="directory"):
         checkpoints.load(tmp_path)
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe"):
+        checkpoints.load(tmp_path / "pipe")
 
 
 def test_content_other_than_tensors_is_named(tmp_path):

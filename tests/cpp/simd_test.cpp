@@ -84,8 +84,20 @@ supported:
     expect(std::isinf(got) ? right > 3.4e38 : std::fabs(got - right) <= 2e-7 * right + 1e-44, "exp", x);
     const float th = CONVDIT_LEVEL::tanh(splat(f / 10))[0];
     expect(std::fabs(th - std::tanh(static_cast<double>(f / 10))) <= 2e-7, "tanh", x);
+    for (const float y : {f / 10, f / 100}) {
+      const double cdf = 0.5 * std::erfc(-y / std::sqrt(2.0)), pdf = std::exp(-0.5 * y * y) / std::sqrt(2 * M_PI);
+      expect(std::fabs(normal_cdf(splat(y))[0] - cdf) <= 1.5e-7, "normal_cdf", y);
+      expect(std::fabs(normal_pdf(splat(y))[0] - pdf) <= 1e-7, "normal_pdf", y);
+      expect(std::fabs(normal_cdf(splat<double>(y))[0] - cdf) <= 1e-15, "normal_cdf of double", y);
+    }
   }
+  for (const float far : {5.6f, 1e3f, 1e30f, INFINITY}) {
+    expect(normal_cdf(splat(far))[0] == 1 && normal_cdf(splat(-far))[0] == 0, "normal_cdf far out", far);
+    expect(far < 100 || (normal_pdf(splat(far))[0] == 0 && normal_pdf(splat(-far))[0] == 0), "normal_pdf far out", far);
+  }
+  expect(CONVDIT_LEVEL::exp(splat(INFINITY))[0] == INFINITY && CONVDIT_LEVEL::exp(splat(-INFINITY))[0] == 0, "exp far out", 0);
   const float nan = std::nanf("");
+  expect(std::isnan(normal_cdf(splat(nan))[0]) && std::isnan(normal_pdf(splat(nan))[0]), "nan", 1);
   expect(std::isnan(CONVDIT_LEVEL::exp(splat(nan))[0]) && std::isnan(CONVDIT_LEVEL::tanh(splat(nan))[0]), "nan", 0);
   std::printf("%s: %d failures\n", kLevel, failures);
   return failures != 0;

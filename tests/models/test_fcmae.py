@@ -259,9 +259,9 @@ def test_a_compiled_step_refuses_a_mask_of_another_count():
 def test_bad_settings_are_refused_by_name():
     for options, message in (
         ({"patch_size": 16}, "patch_size: expected 8, .* got 16"),
-        ({"image_size": 30}, "images: .* patches of 8x8 divide, got 30x30"),
-        ({"mask_ratio": 1.0}, r"ratio: .* \[0, 1\), got 1.0"),
-        ({"mask_ratio": 0.95}, "ratio: 0.95 of 9 patches leaves no visible patch"),
+        ({"image_size": 30}, "image_size: .* patches of 8x8 divide, got 30x30"),
+        ({"mask_ratio": 1.0}, r"mask_ratio: .* \[0, 1\), got 1.0"),
+        ({"mask_ratio": 0.95}, "mask_ratio: 0.95 of 9 patches leaves no visible patch"),
         ({"grn_scope": "image"}, "grn_scope: .* got 'image'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,247 @@
+"""The command line: ``convdit COMMAND ...``. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from .training import options as opt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for an error, 2 for bad usage."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    from .training.interrupts import Interrupted
+
+    try:
+        return given.run(given) or 0
+    except Interrupted as stop:
+        print(f"convdit {given.command}: {stop}", file=sys.stderr)
+        return stop.status
+    except KeyboardInterrupt:
+        print(f"convdit {given.command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if given.debug:
+            raise
+        print(f"convdit {given.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convdit", description="ConvNeXt V2, FCMAE and DiT: train, look, convert, check."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, help: str, options: type | None = None, trains: bool = False):
+        command = commands.add_parser(name, help=help, description=(options.__doc__ if trains else None) or help)
+        command.set_defaults(run=run, options=options)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if options:
+            _add_options(command, options)
+        if trains:
+            command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
+            command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
+        return command
+
+    demo = add("demo", _demo, "the whole mission on small real pictures, with a report")
+    demo.add_argument("--out", default="demo-report", help="folder of the report (%(default)s)")
+    demo.add_argument("--data", default=None, help="another data set (default: mnist5k)")
+    demo.add_argument("--quick", action="store_true", help="under a minute, on digits, less to see")
+    demo.add_argument("--seed", type=int, default=0, help="seed of everything (%(default)s)")
+    demo.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+
+    add("pretrain", _pretrain, "FCMAE pre-training of a ConvNeXt", opt.PretrainOptions, trains=True)
+    add("finetune", _finetune, "train a classifier", opt.FinetuneOptions, trains=True)
+    probe = add("probe", _probe, "linear probe of frozen features", opt.ProbeOptions)
+    probe.add_argument("--out", help="write the result to this JSON file too")
+
+    show = add("reconstruct", _reconstruct, "what a pre-trained FCMAE fills in", opt.DataOptions)
+    show.add_argument("weights", help="run folder of pretrain, or its model.safetensors")
+    show.add_argument("--out", default="reconstructions.png", help="PNG file (%(default)s)")
+    show.add_argument("--count", type=int, default=16, help="how many held-out pictures")
+    show.add_argument("--seed", type=int, default=0, help="seed of the masks")
+
+    add("train-dit", _train_dit, "train a diffusion transformer", opt.DiTOptions, trains=True)
+    sample = add("sample", _sample, "pictures from a trained diffusion transformer")
+    sample.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
+    sample.add_argument("--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)")
+    sample.add_argument("--classes", nargs="+", help="names or numbers (default: all)")
+    sample.add_argument("--count", type=int, default=8, help="pictures a class (%(default)s)")
+    sample.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
+    sample.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    sample.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+
+    convert = add("convert", _convert, "convert a checkpoint between formats")
+    convert.add_argument("source", metavar="IN", help="safetensors or torch file, or a run folder")
+    convert.add_argument("target", metavar="OUT", nargs="?", help="safetensors file to write")
+    convert.add_argument("--out", help="the same as OUT")
+    convert.add_argument("--to", required=True, metavar="FORMAT", help="convdit, timm, ...")
+    convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
+    convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place")
+
+    info = add("info", _info, "what was built, and a self-check of every operator")
+    info.add_argument("--out", help="write it to this JSON file too")
+    flops = add("flops", _flops, "multiply-adds and parameters of a model")
+    flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...")
+    flops.add_argument("--image-size", type=int, help="default: 224; DiT: latents of 32")
+    flops.add_argument("--modules", action="store_true", help="one line for each module, too")
+    flops.add_argument("--out", help="write it to this JSON file too")
+    return parser
+
+
+def _version() -> str:
+    from ._version import __version__
+
+    return f"convdit {__version__}"
+
+
+def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """One flag for each field. No default goes to the namespace: what is there was typed."""
+    types = typing.get_type_hints(options)
+    for f in fields(options):
+        kind, flag = types[f.name], "--" + f.name.replace("_", "-")
+        inner = [t for t in typing.get_args(kind) if t is not type(None)] or [kind]
+        default = f.default if f.default is not MISSING else None
+        text = f.metadata["help"].replace("%", "%%")
+        if default is not None and not isinstance(default, bool):
+            text += f" ({default})"
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif typing.get_origin(inner[0]) is list:
+            parser.add_argument(flag, nargs="+", type=int, metavar="N", **common)
+        elif f.metadata["choices"]:
+            parser.add_argument(flag, choices=f.metadata["choices"], **common)
+        else:
+            parser.add_argument(flag, type=inner[0], metavar=inner[0].__name__.upper(), **common)
+
+
+def _options(given: argparse.Namespace) -> Any:
+    """The options typed, over those of the run to resume, over the defaults."""
+    names = {f.name for f in fields(given.options)}
+    values = {name: value for name, value in vars(given).items() if name in names}
+    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
+        from .training.runs import read_json
+
+        stored = read_json(Path(given.out) / "config.json").get("options", {})
+        values = {name: value for name, value in stored.items() if name in names} | values
+    return given.options(**values)
+
+
+def _report(values: dict[str, Any], out: str | None = None) -> None:
+    text = json.dumps(values, indent=1)
+    print(text)
+    if out:
+        from .training.runs import write_whole
+
+        write_whole(Path(out), lambda temporary: temporary.write_text(text + "\n"))
+
+
+def _main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _say(text: str) -> None:
+    if _main_process():
+        print(text)
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from .training.demo import demo
+
+    return demo(given.out, data=given.data, quick=given.quick, seed=given.seed, cpu=given.cpu)
+
+
+def _pretrain(given: argparse.Namespace) -> None:
+    from .training.pretrain import pretrain
+
+    pretrain(_options(given), given.out, given.resume)
+    _say(f"weights: {given.out}/model.safetensors")
+
+
+def _finetune(given: argparse.Namespace) -> None:
+    from .training.finetune import finetune
+
+    _, result = finetune(_options(given), given.out, given.resume)
+    _say(f"held-out accuracy {result['accuracy']:.4f} with {result['labels']} labels")
+    _say(f"weights: {given.out}/model.safetensors")
+
+
+def _probe(given: argparse.Namespace) -> None:
+    from .training.finetune import probe
+
+    _report(probe(_options(given)), given.out)
+
+
+def _reconstruct(given: argparse.Namespace) -> None:
+    from .training.pictures import grid, save_png
+    from .training.pretrain import open_pictures, reconstructions
+
+    typed = {name: getattr(given, name, None) for name in ("data", "image_size", "channels")}
+    model, normalise, images = open_pictures(given.weights, given.count, **typed)
+    triples = reconstructions(model, normalise, images, given.seed)
+    zoom = max(1, 96 // images.shape[-1])
+    save_png(Path(given.out), grid(triples, columns=6, zoom=zoom))
+    print(f"original, visible part, filled in: {given.out}")
+
+
+def _train_dit(given: argparse.Namespace) -> None:
+    from .training.train_dit import train_dit
+
+    train_dit(_options(given), given.out, given.resume)
+    _say(f"weights: {given.out}/model.safetensors")
+
+
+def _sample(given: argparse.Namespace) -> None:
+    from .training.sample import sample_to_file
+
+    sample_to_file(
+        given.weights,
+        Path(given.out),
+        given.classes,
+        given.count,
+        guidance=given.guidance,
+        steps=given.steps,
+        sampler=given.sampler,
+        seed=given.seed,
+        cpu=given.cpu,
+    )
+    print(f"samples: {given.out}")
+
+
+def _convert(given: argparse.Namespace) -> None:
+    from .training.convert import convert_file
+
+    target = given.target or given.out
+    if not target:
+        raise ValueError("OUT: expected the name of the file to write")
+    found, count = convert_file(given.source, Path(target), given.to, given.source_format, given.encoder_only)
+    print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
+
+
+def _info(given: argparse.Namespace) -> int:
+    from .selfcheck import describe
+
+    report, good = describe()
+    if given.out:
+        _report(report, given.out)
+    return 0 if good else 1
+
+
+def _flops(given: argparse.Namespace) -> None:
+    from .training.count import count
+
+    _report(count(given.model, given.image_size, given.modules), given.out)

@@ -1,0 +1,97 @@
+"""Models from the small dictionaries that run folders and weights files keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import models
+from .options import DiTOptions, ModelOptions, PretrainOptions
+
+# Three stages from full resolution: patches of 4 pixels, which pictures of 16 to 64 pixels need.
+_SMALL_CONVNEXT = {
+    "name": "convnextv2_atto",
+    "depths": [2, 2, 2],
+    "dims": [32, 64, 128],
+    "stem_stride": 1,
+}
+_SMALL_DIT = {"hidden_size": 128, "depth": 4, "num_heads": 4, "patch_size": 4}
+_SMALL_PICTURE = 64
+
+
+def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Keyword arguments of ``models.create``, but for the classes."""
+    name = options.model
+    if name == "auto":
+        name = "small" if image_shape[1] <= _SMALL_PICTURE else "convnextv2_atto"
+    config: dict[str, Any] = dict(_SMALL_CONVNEXT) if name == "small" else {"name": name}
+    for key in ("depths", "dims", "stem_stride"):
+        if getattr(options, key) is not None:
+            config[key] = getattr(options, key)
+    return {**config, "in_chans": image_shape[0]}
+
+
+def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0) -> nn.Module:
+    return models.create(**config, num_classes=classes, drop_path_rate=drop_path)
+
+
+def encoder(config: dict[str, Any]) -> nn.Module:
+    return models.create(**config, features_only=True)
+
+
+def fcmae_config(options: PretrainOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    convnext = convnext_config(options, image_shape)
+    stem, first = encoder(convnext).stride, encoder(convnext).dims[0]
+    return {
+        "encoder": convnext,
+        "image_size": image_shape[1],
+        "patch_size": stem,
+        "mask_ratio": options.mask_ratio,
+        "decoder_dim": options.decoder_dim or min(512, 4 * first),
+        "decoder_depth": options.decoder_depth,
+        "norm_pix_loss": options.norm_pix_loss,
+        "grn_scope": options.grn_scope,
+        "sparse": options.sparse,
+    }
+
+
+def fcmae(config: dict[str, Any]) -> nn.Module:
+    return models.FCMAE(**{**config, "encoder": encoder(config["encoder"])})
+
+
+def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+    """Keyword arguments of ``models.DiT``, or of the named size, for pictures or latents."""
+    config: dict[str, Any] = dict(_SMALL_DIT) if options.model == "small" else {}
+    if options.model != "small":
+        config["name"] = options.model.replace("-", "_").replace("/", "_")
+        if not hasattr(models, config["name"]) or not config["name"].startswith("DiT_"):
+            raise ValueError(f"model: expected small or a size of the paper such as DiT-S/2, got {options.model!r}")
+    for key in ("hidden_size", "depth", "num_heads", "patch_size"):
+        if getattr(options, key) is not None:
+            config[key] = getattr(options, key)
+    if options.latent and options.model == "small" and options.patch_size is None:
+        config["patch_size"] = 2
+    return {
+        **config,
+        "input_size": shape[1],
+        "in_channels": shape[0],
+        "num_classes": classes,
+        "class_dropout_prob": options.class_dropout,
+        "learn_sigma": options.learn_sigma,
+        "label_init_std": options.label_init_std,
+    }
+
+
+def dit(config: dict[str, Any]) -> nn.Module:
+    config = dict(config)
+    make = getattr(models, config.pop("name", "DiT"))
+    return make(**config)
+
+
+def encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder of an FCMAE, of a classifier or of itself, in the names of ``models.create``."""
+    if any(name.startswith("encoder.") for name in state):
+        prefix = "encoder."
+        return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return {n: v for n, v in state.items() if not n.startswith(("norm.", "head."))}

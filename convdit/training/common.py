@@ -1,0 +1,59 @@
+"""What the training commands share: opening data and weights, and closing a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import data
+from .build import encoder_part
+from .options import DataOptions
+from .runs import WEIGHTS, Run, RunError, read_weights, save_weights, write_json
+from .transforms import Normalise
+
+
+def open_data(options: DataOptions) -> data.Splits:
+    return data.load(options.data, options.image_size, options.channels)
+
+
+def initial_encoder(source: str) -> tuple[dict[str, Tensor], dict | None]:
+    """The encoder's state_dict in our names, from a run of ours or from a foreign checkpoint.
+
+    The second value is the configuration of a run of ours: the architecture comes from there.
+    """
+    from .. import checkpoints
+
+    state, config = read_weights(source)
+    if config is None:
+        state = checkpoints.convert(state, "convdit")
+    elif config.get("task") not in ("pretrain", "finetune"):
+        raise RunError(f"{source}: holds no ConvNeXt encoder but a model of {config.get('task')!r}")
+    return encoder_part(state), config
+
+
+def encoder_config(config: dict | None) -> dict[str, Any] | None:
+    """The ConvNeXt arguments in a configuration of ours."""
+    if config is None:
+        return None
+    return config["model"]["encoder"] if config["task"] == "pretrain" else config["model"]
+
+
+def normalisation(config: dict | None, train: data.ImageDataset) -> Normalise:
+    """That of the run that the weights come from, else that of the data."""
+    if config is not None and len(config["normalise"]["mean"]) == train.image_shape[0]:
+        return Normalise(**config["normalise"])
+    return Normalise.of(train)
+
+
+def finish(accelerator, run: Run, model: nn.Module, result: dict[str, Any]) -> None:
+    """Writes the weights and the result of a run that is done."""
+    if accelerator.is_main_process:
+        write_json(run.path / "result.json", result)
+        save_weights(run.path / WEIGHTS, model.state_dict(), run.config)
+    accelerator.wait_for_everyone()
+
+
+def device_of(cpu: bool) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")

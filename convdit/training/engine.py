@@ -1,0 +1,208 @@
+"""The one training loop. Devices, processes, precision and accumulation are accelerate's."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data import ImageDataset
+from ..data.errors import require
+from .interrupts import Interrupted, StopSignals
+from .optim import adamw, moving_average, warmup_cosine
+from .options import LoopOptions
+from .order import BatchOrder, batches
+from .runs import Run, read_json, write_json
+
+Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong in a way that going on would not mend."""
+
+
+def start(options: LoopOptions):
+    """The accelerator of these options. Call it before anything else of a run; it names bad settings."""
+    accelerate = require("accelerate", "training")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    options.check(world)
+    accelerator = accelerate.Accelerator(
+        cpu=options.cpu,
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.accumulate,
+    )
+    accelerate.utils.set_seed(options.seed)  # the same initial weights in every process
+    return accelerator
+
+
+def train(
+    accelerator,
+    model: nn.Module,
+    objective: Objective,
+    dataset: ImageDataset,
+    options: LoopOptions,
+    run: Run,
+) -> nn.Module:
+    """Trains ``model`` to the end of ``options.steps``, from the run's last checkpoint if there is one.
+
+    ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise.
+    Returns the moving average where ``options.ema`` is above 0, else the model, in evaluation mode.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the checkpoint of the last step is written.
+        TrainingError: the loss stopped being finite.
+    """
+    trainer = _Trainer(accelerator, model, objective, options, run)
+    done = trainer.resume()
+    if done < options.steps:
+        model.train()
+        trainer.loop(dataset, done)
+    return trainer.result()
+
+
+class _Trainer:
+    def __init__(self, accelerator, model, objective, options, run):
+        self.accelerator, self.objective = accelerator, objective
+        self.options, self.run = options, run
+        # Copied before accelerate wraps the forward of the model for mixed precision.
+        self.ema = moving_average(model, options.ema).to(accelerator.device) if options.ema else None
+        optimizer = adamw(model, options.lr, options.weight_decay, options.beta2)
+        self.schedule = warmup_cosine(optimizer, options.warmup, options.steps)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.seconds = 0.0
+
+    def resume(self) -> int:
+        """Loads the last checkpoint, if any; the number of steps done."""
+        found = self.run.checkpoints()
+        if not found:
+            require("accelerate", "training").utils.set_seed(self.options.seed, device_specific=True)
+            self.run.trim_log(0)
+            return 0
+        step, folder = found[-1]
+        state = read_json(folder / "trainer.json")
+        self.accelerator.load_state(str(folder))
+        self.schedule.load_state_dict(state["schedule"])
+        self.seconds = state["seconds"]
+        if self.ema:
+            load_file = require("safetensors.torch", "loading weights").load_file
+            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
+        self.run.trim_log(step)
+        return step
+
+    def save(self, step: int) -> None:
+        def write(folder: Path) -> None:
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                state = {"schedule": self.schedule.state_dict(), "seconds": self.seconds}
+                write_json(folder / "trainer.json", state)
+                if self.ema:
+                    save_file = require("safetensors.torch", "saving weights").save_file
+                    save_file(self.ema.state_dict(), folder / "ema.safetensors")
+
+        self.run.save_checkpoint(step, write, self.accelerator.wait_for_everyone)
+
+    def loop(self, dataset: ImageDataset, done: int) -> None:
+        options, accelerator = self.options, self.accelerator
+        share, world = options.accumulate, accelerator.num_processes
+        order = BatchOrder(
+            len(dataset),
+            options.batch_size // share,
+            options.seed,
+            done * share,
+            options.steps * share,
+            accelerator.process_index,
+            world,
+        )
+        stream = iter(batches(dataset, order, options.workers))
+        totals: dict[str, Tensor] = {}
+        since, began = done, time.perf_counter()
+        bar = self._bar(done)
+        with StopSignals() as signals, bar:
+            for step in range(done + 1, options.steps + 1):
+                for _ in range(share):
+                    self._micro_step(*next(stream), totals)
+                bar.update(options.batch_size)
+                saving = step % options.save_every == 0 or step == options.steps
+                logging = step % options.log_every == 0
+                stopping = self._stop(signals, world, logging)
+                if saving or logging or stopping:
+                    now = time.perf_counter()
+                    self.seconds += now - began
+                    rate = (step - since) * options.batch_size / (now - began)
+                    values = self._log(step, totals, (step - since) * share, rate)
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+                    totals, since, began = {}, step, time.perf_counter()
+                if saving or stopping:
+                    self.save(step)
+                    self.seconds += time.perf_counter() - began
+                    began = time.perf_counter()
+                if stopping and step < options.steps:
+                    raise Interrupted(
+                        f"stopped after step {step} of {options.steps}; continue with --resume",
+                        128 + stopping,
+                    )
+
+    def _micro_step(self, images: Tensor, labels: Tensor, totals: dict[str, Tensor]) -> None:
+        accelerator, device = self.accelerator, self.accelerator.device
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with accelerator.accumulate(self.model):
+            losses = self.objective(self.model, images, labels)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients and self.options.clip_grad:
+                accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self.schedule.step()
+            if self.ema:
+                self.ema.update_parameters(accelerator.unwrap_model(self.model))
+        for name, value in losses.items():
+            value = value.detach()
+            totals[name] = totals[name] + value if name in totals else value
+
+    def _stop(self, signals: StopSignals, world: int, meeting: bool) -> int:
+        """The signal received, or 0. Several processes agree on it where they meet to log."""
+        if world == 1:
+            return signals.received
+        if not meeting:
+            return 0
+        received = torch.tensor(signals.received, device=self.accelerator.device)
+        return int(self.accelerator.gather(received).max())
+
+    def _log(self, step: int, totals: dict, count: int, rate: float) -> dict[str, float]:
+        values = {name: float(self.accelerator.reduce(total / count, "mean")) for name, total in totals.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise TrainingError(
+                f"step {step}: the loss is not finite ({values}); try a lower --lr. "
+                f"The last checkpoint in {self.run.path} is from before that"
+            )
+        entry = {"step": step, **values, "lr": self.schedule.get_last_lr()[0]}
+        entry |= {"seconds": round(self.seconds, 3), "images_per_s": round(rate, 1)}
+        self.run.log(entry)
+        return values
+
+    def _bar(self, done: int):
+        tqdm = require("tqdm", "training").tqdm
+        return tqdm(
+            desc=self.run.path.name,
+            total=self.options.steps * self.options.batch_size,
+            initial=done * self.options.batch_size,
+            unit="img",
+            unit_scale=True,
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+
+    def result(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.ema:
+            model.load_state_dict(self.ema.module.state_dict())
+        self.accelerator.free_memory()
+        return model.eval()

@@ -1,0 +1,138 @@
+"""Options of the training commands, written once for command line, Python and config.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# These may change when a run resumes: the weights do not depend on them.
+FREE = ("save_every", "log_every", "workers", "cpu")
+AUGMENTATIONS = ("auto", "none", "shift", "crop")
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class DataOptions:
+    data: str = option("mnist5k", "mnist5k, digits, or a path: pictures by class, IDX, .npz, ...")
+    image_size: int | None = option(None, "side of the square pictures (default: as the data)")
+    channels: int | None = option(None, "1 or 3 (default: as the data)")
+
+
+@dataclass
+class ModelOptions:
+    model: str = option("auto", "a ConvNeXt by name, small, or auto: small up to 64 pixels, else convnextv2_atto")
+    depths: list[int] | None = option(None, "blocks a stage, for another size of the model")
+    dims: list[int] | None = option(None, "channels a stage, for another size of the model")
+    stem_stride: int | None = option(None, "pixels along a site of the first stage")
+
+
+@dataclass
+class LoopOptions:
+    steps: int = option(1000, "optimiser steps")
+    batch_size: int = option(64, "pictures a step, over all processes")
+    lr: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.05, "AdamW decay of matrices and kernels")
+    beta2: float = option(0.95, "AdamW decay of the squared gradient")
+    warmup: int = option(50, "steps of linear warm-up, before the cosine")
+    clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
+    ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
+    augment: str = option("auto", "shift for small pictures, crop for large", AUGMENTATIONS)
+    accumulate: int = option(1, "parts in which a batch is computed, to save memory")
+    mixed_precision: str = option("no", "precision of the forward pass", ("no", "bf16", "fp16"))
+    seed: int = option(0, "seed of weights, order, masks and noise")
+    save_every: int = option(250, "steps between checkpoints")
+    log_every: int = option(25, "steps between lines of log.jsonl")
+    workers: int = option(0, "processes that read pictures")
+    cpu: bool = option(False, "stay on the CPU even where there is a GPU")
+
+    def check(self, world: int = 1) -> None:
+        """Raises ValueError for a setting that cannot work, by the name that the user typed."""
+        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "clip_grad", "weight_decay", "workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        for name in ("ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        for name, allowed in (
+            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("augment", AUGMENTATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.batch_size % (self.accumulate * world):
+            raise ValueError(
+                f"batch_size: {self.batch_size} does not divide into {self.accumulate} part(s) on {world} process(es)"
+            )
+
+    def augmentation(self, image_size: int) -> str:
+        if self.augment != "auto":
+            return self.augment
+        return "shift" if image_size <= 64 else "crop"
+
+
+@dataclass
+class PretrainOptions(LoopOptions, ModelOptions, DataOptions):
+    """FCMAE: hide most patches, run sparse convolutions on the rest, predict the hidden ones."""
+
+    mask_ratio: float = option(0.6, "share of patches hidden")
+    decoder_dim: int | None = option(None, "width of the decoder (default: 4 x first stage, <= 512)")
+    decoder_depth: int = option(1, "blocks of the decoder")
+    norm_pix_loss: bool = option(True, "predict pixels normalised by the patch's mean and deviation")
+    grn_scope: str = option("sample", "sites that GRN pools over", ("sample", "batch"))
+    sparse: bool = option(True, "sparse convolutions; without: dense ones on masked maps, as a check")
+
+
+@dataclass
+class FinetuneOptions(LoopOptions, ModelOptions, DataOptions):
+    """Train a ConvNeXt classifier, from a pre-trained encoder or from random weights."""
+
+    init: str | None = option(None, "run folder or checkpoint to start from (default: random weights)")
+    labels: int | None = option(None, "use only so many labelled pictures, balanced (default: all)")
+    label_seed: int = option(0, "which pictures those are")
+    drop_path: float = option(0.0, "rate of stochastic depth")
+    label_smoothing: float = option(0.1, "label smoothing")
+    steps: int = option(500, "optimiser steps")
+
+
+@dataclass
+class ProbeOptions(ModelOptions, DataOptions):
+    """Fit a linear classifier on the frozen features of an encoder."""
+
+    init: str | None = option(None, "run folder or checkpoint (default: random weights)")
+    labels: int | None = option(None, "use only so many labelled pictures, balanced (default: all)")
+    label_seed: int = option(0, "which pictures those are")
+    penalty: float = option(1e-3, "weight of the squared norm of the classifier")
+    seed: int = option(0, "seed of random weights")
+    cpu: bool = option(False, "stay on the CPU even where there is a GPU")
+
+
+@dataclass
+class DiTOptions(LoopOptions, DataOptions):
+    """Train a class-conditional diffusion transformer, on pixels or on latents."""
+
+    model: str = option("small", "small, or a size of the paper such as DiT-S/2")
+    hidden_size: int | None = option(None, "width, for another size of the model")
+    depth: int | None = option(None, "blocks, for another size of the model")
+    num_heads: int | None = option(None, "attention heads, for another size of the model")
+    patch_size: int | None = option(None, "pixels (or latent sites) along a token")
+    label_init_std: float = option(0.02, "spread of the untrained label table; 0.3 for short runs")
+    class_dropout: float = option(0.1, "share of labels dropped, for guidance")
+    learn_sigma: bool = option(True, "learn the variance as well")
+    latent: bool = option(False, "diffuse in the latent space of an autoencoder trained first")
+    autoencoder_steps: int = option(600, "steps of the autoencoder, with --latent")
+    ema: float = option(0.999, "decay of the moving average of the weights; 0: none")
+    weight_decay: float = option(0.0, "AdamW decay of matrices and kernels")
+    augment: str = option("none", "random geometry of the pictures", AUGMENTATIONS)
+
+
+def saved(options: Any) -> dict[str, Any]:
+    """What config.json keeps: everything that the weights depend on."""
+    return {name: value for name, value in asdict(options).items() if name not in FREE}

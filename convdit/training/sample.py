@@ -1,0 +1,145 @@
+"""Class-conditional pictures from a trained diffusion transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import GaussianDiffusion
+from . import build
+from .autoencoder import Autoencoder
+from .common import device_of
+from .pictures import grid, save_png
+from .runs import RunError, read_weights, write_whole
+
+STEPS = 1000  # of the diffusion process, in training
+AUTOENCODER = "autoencoder"  # folder of its run, inside that of the DiT
+
+
+class PictureMaker:
+    """A DiT with the autoencoder, if any, that turns its latents into pictures."""
+
+    def __init__(self, dit: nn.Module, autoencoder: Autoencoder | None, config: dict[str, Any]):
+        self.dit = dit.eval()
+        self.autoencoder = None if autoencoder is None else autoencoder.eval()
+        self.config = config
+
+    @classmethod
+    def load(cls, source: str | Path, cpu: bool = False) -> PictureMaker:
+        """From the run folder of ``train-dit``, or from its model.safetensors."""
+        state, config = read_weights(source)
+        if config is None or config.get("task") != "train-dit":
+            raise RunError(f"{source}: not the weights of a train-dit run of convdit")
+        device = device_of(cpu)
+        dit = build.dit(config["model"])
+        dit.load_state_dict(state)
+        autoencoder = None
+        if config["latent"]:
+            folder = Path(source) if Path(source).is_dir() else Path(source).parent
+            state, inner = read_weights(folder / AUTOENCODER)
+            if inner is None or inner.get("task") != "autoencoder":
+                raise RunError(f"{folder / AUTOENCODER}: not the weights of an autoencoder")
+            autoencoder = Autoencoder(**inner["model"]).to(device)
+            autoencoder.load_state_dict(state)
+        return cls(dit.to(device), autoencoder, config)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.config["classes"]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        guidance: float = 1.0,
+        steps: int = 50,
+        sampler: str = "ddim",
+        seed: int = 0,
+        progress: bool = False,
+        batch: int = 250,
+    ) -> Tensor:
+        """Pictures (N, C, H, W) in [0, 1] of the classes ``labels`` (N,), on the CPU.
+
+        ``guidance`` is the scale of classifier-free guidance on all channels; 1 is none.
+        """
+        device = self.dit.pos_embed.device
+        model = self.config["model"]
+        diffusion = GaussianDiffusion(STEPS, respacing=str(steps), learn_sigma=model["learn_sigma"])
+        start = torch.Generator().manual_seed(seed)  # the same noise on every device
+        later = torch.Generator(device).manual_seed(seed + 1)
+        side = model["input_size"]
+        parts = []
+        for part in labels.split(batch):
+            shape = (len(part), model["in_channels"], side, side)
+            noise = torch.randn(shape, generator=start).to(device)
+            arguments: dict[str, Any] = {"y": part.to(device)}
+            forward = self.dit
+            if guidance != 1.0:
+                forward = self.dit.forward_with_cfg
+                arguments |= {"cfg_scale": guidance, "channels": "all"}
+            x = diffusion.sample(
+                forward,
+                shape,
+                sampler=sampler,
+                clip_denoised=self.autoencoder is None,
+                noise=noise,
+                generator=later,
+                progress=progress,
+                **arguments,
+            )
+            if self.autoencoder is not None:
+                x = self.autoencoder.decode(x)
+            parts.append(((x + 1) / 2).clamp(0, 1).cpu())
+        return torch.cat(parts)
+
+
+def class_numbers(names: Sequence[str] | None, classes: Sequence[str]) -> list[int]:
+    """Classes by name or number; all of them for None."""
+    if names is None:
+        return list(range(len(classes)))
+    numbers = []
+    for name in names:
+        if name in classes:
+            numbers.append(list(classes).index(name))
+        elif name.isdigit() and int(name) < len(classes):
+            numbers.append(int(name))
+        else:
+            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise ValueError(f"classes: expected names among {known}, or their numbers, got {name!r}")
+    return numbers
+
+
+def sample_to_file(
+    source: str | Path,
+    out: Path,
+    classes: Sequence[str] | None = None,
+    count: int = 8,
+    cpu: bool = False,
+    **settings: Any,
+) -> None:
+    """Writes ``count`` samples a class: a PNG grid, a row a class, or an .npz of the arrays."""
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"out: expected a name ending in .png or .npz, got {out}")
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    if not 1 <= settings["steps"] <= STEPS:
+        raise ValueError(f"steps: expected 1 to {STEPS}, got {settings['steps']}")
+    maker = PictureMaker.load(source, cpu)
+    numbers = class_numbers(classes, maker.classes)
+    labels = torch.tensor(numbers).repeat_interleave(count)
+    pictures = maker.sample(labels, progress=True, **settings)
+    if out.suffix == ".png":
+        save_png(out, grid(pictures, columns=count, zoom=max(1, 64 // pictures.shape[-1])))
+        return
+    images = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a file object: np.savez would add a suffix to a name
+            np.savez_compressed(file, images=images, labels=labels.numpy())
+
+    write_whole(out, write)

@@ -1,0 +1,161 @@
+// Inner kernels of the depthwise convolution: one vector of channels, one row of output columns kept in registers.
+//
+// Rows of x lie as [column][lanes], so a tile reads one stream a kernel row and knows nothing of dtypes, strides or
+// channel tails. For K = 7 a kernel row's seven weights stay in registers as well, and the three columns beyond an
+// edge of the map are skipped, not multiplied by zero: on a map 7 columns wide they are a quarter of the taps.
+#pragma once
+#include <utility>
+
+#include "common/simd.h"
+
+namespace convdit::CONVDIT_LEVEL {
+namespace {
+
+// Accumulators of a tile; with 7 weights and one value of x they fill the registers.
+constexpr int kMaxTile = kVectorRegisters == 32 ? 14 : 7;
+
+template <int N, class F>
+CONVDIT_INLINE void unroll(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f.template operator()<I>(), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+// A loop body over the compile-time index `i`.
+#define CONVDIT_UNROLLED(i) [&]<int i>() __attribute__((always_inline))
+
+// Which sides of a tile have neighbours: bit 0 the left, bit 1 the right.
+enum Sides : int { kAlone = 0, kHasLeft = 1, kHasRight = 2, kInner = 3 };
+constexpr int kSides = 4;
+// Whether column C of x, counted from the leftmost tap, lies in the map.
+constexpr bool tile_reads(int C, int columns, int side) {
+  return (C >= 3 || (side & kHasLeft)) && (C < columns + 3 || (side & kHasRight));
+}
+
+// What a tile works on. rows[i] + offset is the leftmost tap of the first column at kernel row i.
+template <class A>
+struct TileRows {
+  const A* const* rows;
+  int64_t offset;
+  int64_t first, last;  // kernel rows that lie in the map
+  int64_t kernel;
+};
+
+// ---- forward: out[column] = start + sum of weight * x ------------------------------------------------------------
+template <class A, int Columns, int Side>
+__attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step) {
+  Vec<A> sum[Columns];
+  unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] = start; });
+  for (int64_t row = t.first; row < t.last; ++row) {
+    const A *x = t.rows[row] + t.offset, *w = weight + row * 7 * lanes<A>;
+    Vec<A> tap[7];
+    unroll<7>(CONVDIT_UNROLLED(I) { tap[I] = load(w + I * lanes<A>); });
+    unroll<Columns + 6>(CONVDIT_UNROLLED(C) {
+      if constexpr (tile_reads(C, Columns, Side)) {
+        const Vec<A> v = load(x + C * lanes<A>);
+        unroll<7>(CONVDIT_UNROLLED(K) {
+          if constexpr (C >= K && C - K < Columns) sum[C - K] += v * tap[K];
+        });
+      }
+    });
+  }
+  unroll<Columns>(CONVDIT_UNROLLED(I) { store(out + I * out_step, sum[I]); });
+}
+
+template <class A, int Columns>
+__attribute__((noinline)) void forward_tile(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step) {
+  Vec<A> sum[Columns];
+  unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] = start; });
+  for (int64_t row = t.first; row < t.last; ++row) {
+    const A *x = t.rows[row] + t.offset, *w = weight + row * t.kernel * lanes<A>;
+    for (int64_t i = 0; i < t.kernel; ++i, x += lanes<A>, w += lanes<A>) {
+      const Vec<A> tap = load(w);
+      unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] += load(x + I * lanes<A>) * tap; });
+    }
+  }
+  unroll<Columns>(CONVDIT_UNROLLED(I) { store(out + I * out_step, sum[I]); });
+}
+
+// ---- weight gradient: total[tap] += sum over columns of grad * x, total[K*K] += sum of grad -----------------------
+// Each tile sums its columns on their own before it adds them up: shorter chains, smaller rounding errors.
+template <class A, int Columns>
+CONVDIT_INLINE void add_bias_sum(const Vec<A>* grad, A* total) {
+  Vec<A> sum = grad[0];
+  unroll<Columns - 1>(CONVDIT_UNROLLED(I) { sum += grad[I + 1]; });
+  store(total, load(total) + sum);
+}
+
+template <class A, int Columns, int Side>
+__attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad, int64_t grad_step, A* total) {
+  Vec<A> g[Columns];
+  unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
+  for (int64_t row = t.first; row < t.last; ++row) {
+    const A* x = t.rows[row] + t.offset;
+    A* row_total = total + row * 7 * lanes<A>;
+    Vec<A> sum[7] = {};
+    unroll<Columns + 6>(CONVDIT_UNROLLED(C) {
+      if constexpr (tile_reads(C, Columns, Side)) {
+        const Vec<A> v = load(x + C * lanes<A>);
+        unroll<7>(CONVDIT_UNROLLED(K) {
+          if constexpr (C >= K && C - K < Columns) sum[K] += v * g[C - K];
+        });
+      }
+    });
+    unroll<7>(CONVDIT_UNROLLED(I) { store(row_total + I * lanes<A>, load(row_total + I * lanes<A>) + sum[I]); });
+  }
+  add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);
+}
+
+template <class A, int Columns>
+__attribute__((noinline)) void weight_tile(const TileRows<A>& t, const A* grad, int64_t grad_step, A* total) {
+  Vec<A> g[Columns];
+  unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
+  for (int64_t row = t.first; row < t.last; ++row) {
+    const A* x = t.rows[row] + t.offset;
+    A* to = total + row * t.kernel * lanes<A>;
+    for (int64_t i = 0; i < t.kernel; ++i, x += lanes<A>, to += lanes<A>) {
+      Vec<A> sum = load(x) * g[0];
+      unroll<Columns - 1>(CONVDIT_UNROLLED(I) { sum += load(x + (I + 1) * lanes<A>) * g[I + 1]; });
+      store(to, load(to) + sum);
+    }
+  }
+  add_bias_sum<A, Columns>(g, total + t.kernel * t.kernel * lanes<A>);
+}
+
+// ---- tables by the number of columns, and the sides for K = 7 -----------------------------------------------------
+template <class A>
+using ForwardTile = void (*)(const TileRows<A>&, const A* weight, Vec<A> start, A* out, int64_t out_step);
+template <class A>
+using WeightTile = void (*)(const TileRows<A>&, const A* grad, int64_t grad_step, A* total);
+
+template <class A>
+struct Tiles {
+  ForwardTile<A> forward[kMaxTile + 1];
+  WeightTile<A> weight[kMaxTile + 1];
+};
+template <class A, int... I>
+constexpr Tiles<A> make_tiles(std::integer_sequence<int, I...>) {
+  return {{nullptr, forward_tile<A, I + 1>...}, {nullptr, weight_tile<A, I + 1>...}};
+}
+// A strip of columns is cut into tiles of equal width but for one: a tile with neighbours has at least half of kMaxTile columns.
+constexpr bool tile_exists(int columns, int side) { return side == kAlone || columns >= kMaxTile / 2; }
+template <int Side, int... I>
+constexpr Tiles<float> make_tiles_7(std::integer_sequence<int, I...>) {
+  return {{nullptr, forward_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...},
+          {nullptr, weight_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...}};
+}
+using TileWidths = std::make_integer_sequence<int, kMaxTile>;
+template <class A>
+constexpr Tiles<A> kTiles = make_tiles<A>(TileWidths{});
+constexpr Tiles<float> kTiles7[kSides] = {make_tiles_7<kAlone>(TileWidths{}), make_tiles_7<kHasLeft>(TileWidths{}),
+                                          make_tiles_7<kHasRight>(TileWidths{}), make_tiles_7<kInner>(TileWidths{})};
+
+// float64 is there to check gradients: it takes the kernel for any K.
+template <class A>
+CONVDIT_INLINE const Tiles<A>& tiles_for(int64_t kernel, int side) {
+  if constexpr (sizeof(A) == 4) {
+    if (kernel == 7) return kTiles7[side];
+  }
+  return kTiles<A>;
+}
+
+}  // namespace
+}  // namespace convdit::CONVDIT_LEVEL

@@ -1,0 +1,314 @@
+// CPU kernels of the global response normalisation: two passes over an image with a small sum over its tiles between.
+// The second pass follows closely on the first and goes backwards, so that it finds the image, or its end, in cache.
+#include "grn/grn.h"
+
+#include "common/simd.h"
+
+namespace convdit::CONVDIT_LEVEL {
+namespace {
+
+constexpr int64_t kCacheBytes = 16 << 20;  // of the last-level cache, what one operator may hope to keep
+
+struct Rows {
+  int64_t first, last;
+};
+Rows rows_of_image(const GrnShape& p, int64_t image) {
+  if (p.offsets != nullptr) return {p.offsets[image], p.offsets[image + 1]};
+  const int64_t each = p.rows / p.images;
+  return {image * each, (image + 1) * each};
+}
+
+void number_tiles(const GrnShape& p, int64_t* first_tile) {
+  const int64_t tile_rows = grn_tile_rows(p.channels);
+  first_tile[0] = 0;
+  for (int64_t image = 0; image < p.images; ++image) {
+    const Rows r = rows_of_image(p, image);
+    first_tile[image + 1] = first_tile[image] + (r.last - r.first + tile_rows - 1) / tile_rows;
+  }
+}
+
+struct Tile {
+  int64_t image, first_row, rows;
+};
+// The tile of that number among the images first_image ... end_image - 1.
+Tile find_tile(const GrnShape& p, const int64_t* first_tile, int64_t number, int64_t first_image, int64_t end_image) {
+  while (end_image - first_image > 1) {
+    const int64_t middle = (first_image + end_image) / 2;
+    (first_tile[middle] <= number ? first_image : end_image) = middle;
+  }
+  const int64_t tile_rows = grn_tile_rows(p.channels);
+  const Rows r = rows_of_image(p, first_image);
+  const int64_t first = r.first + (number - first_tile[first_image]) * tile_rows;
+  return {first_image, first, r.last - first < tile_rows ? r.last - first : tile_rows};
+}
+
+// Runs first(tile, number) on all tiles of an image, then between(image), then second(tile, number). Either one thread
+// does all of an image, or all threads share a group of images that fits the cache. Results do not depend on which.
+template <class First, class Between, class Second>
+void two_passes(const GrnShape& p, const int64_t* first_tile, int64_t row_bytes, const Runner& run, const First& first,
+                const Between& between, const Second& second) {
+  const int64_t image_bytes = p.rows * row_bytes / p.images;
+  if (run.threads == 1 || (p.images >= 2 * run.threads && image_bytes <= kCacheBytes / run.threads)) {
+    run(p.images, [&](int64_t image) {
+      const int64_t begin = first_tile[image], end = first_tile[image + 1];
+      for (int64_t tile = begin; tile < end; ++tile) first(find_tile(p, first_tile, tile, image, image + 1), tile);
+      between(image);
+      for (int64_t tile = end; tile-- > begin;) second(find_tile(p, first_tile, tile, image, image + 1), tile);
+    });
+    return;
+  }
+  const int64_t fitting = image_bytes > 0 ? kCacheBytes / image_bytes : p.images, group = fitting > 0 ? fitting : 1;
+  for (int64_t begin = 0; begin < p.images; begin += group) {
+    const int64_t end = begin + group < p.images ? begin + group : p.images;
+    const int64_t first_of_group = first_tile[begin], tiles = first_tile[end] - first_of_group;
+    run(tiles, [&](int64_t i) { first(find_tile(p, first_tile, first_of_group + i, begin, end), first_of_group + i); });
+    run(end - begin, [&](int64_t i) { between(begin + i); });
+    run(tiles, [&](int64_t i) {
+      const int64_t tile = first_of_group + tiles - 1 - i;
+      second(find_tile(p, first_tile, tile, begin, end), tile);
+    });
+  }
+}
+
+// Small sums are taken in double, a chunk of channels at a time, so that the compiler can use whole registers.
+constexpr int kChunk = 32;
+
+// f(first channel, sums over the tiles in order, n) for each chunk of n channels; `stride` lies between tiles.
+template <class A, class F>
+void sum_tiles(const A* part, int64_t tiles, int64_t stride, int64_t channels, const F& f) {
+  for (int64_t c = 0; c < channels; c += kChunk) {
+    const int n = channels - c < kChunk ? static_cast<int>(channels - c) : kChunk;
+    double totals[kChunk] = {};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const A* values = part + tile * stride + c;
+      if (n == kChunk) {
+        for (int i = 0; i < kChunk; ++i) totals[i] += values[i];
+      } else {
+        for (int i = 0; i < n; ++i) totals[i] += values[i];
+      }
+    }
+    f(c, totals, n);
+  }
+}
+
+// A mean over channels, collected chunk by chunk.
+struct Mean {
+  double totals[kChunk] = {};
+  template <class A>
+  CONVDIT_INLINE void add(const A* values, int n) {
+    if (n == kChunk) {
+      for (int i = 0; i < kChunk; ++i) totals[i] += values[i];
+    } else {
+      for (int i = 0; i < n; ++i) totals[i] += values[i];
+    }
+  }
+  double over(int64_t channels) const {
+    double total = 0;
+    for (const double t : totals) total += t;
+    return total / static_cast<double>(channels);
+  }
+};
+
+template <bool Gelu, class V>
+CONVDIT_INLINE V activate(V x) {
+  if constexpr (Gelu) return x * normal_cdf(x);
+  else return x;
+}
+
+// sums[c] = sum of g^2 over the tile's rows; g itself goes to `kept` where Keep.
+template <bool Gelu, bool Keep, class T>
+void add_squares(const T* x, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
+  using A = accum_t<T>;
+  for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
+  for (int64_t row = 0; row < rows; ++row, x += channels, kept += Keep ? channels : 0)
+    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(full)::value;
+      const Vec<A> g = activate<Gelu>(load_lanes<kFull>(x + i, n));
+      store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + g * g, n);
+      if constexpr (Keep) store_lanes<kFull>(kept + i, g, n);
+    });
+}
+
+// norm and scale = 1 + weight * N of one image from the sums of its tiles.
+template <class A>
+void finish_image(const A* sums, int64_t tiles, int64_t channels, A eps, const A* weight, A* norm, A* scale) {
+  Mean mean;
+  sum_tiles(sums, tiles, channels, channels, [&](int64_t c, const double* squares, int n) __attribute__((always_inline)) {
+    for (int i = 0; i < n; ++i) norm[c + i] = static_cast<A>(__builtin_sqrt(squares[i]));
+    mean.add(norm + c, n);
+  });
+  const A divisor = static_cast<A>(mean.over(channels)) + eps;
+  for (int64_t c = 0; c < channels; ++c) scale[c] = 1 + weight[c] * (norm[c] / divisor);
+}
+
+template <bool Gelu, class T>
+void apply(const T* x, const accum_t<T>* scale, const accum_t<T>* bias, T* y, int64_t rows, int64_t channels) {
+  using A = accum_t<T>;
+  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels)
+    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(full)::value;
+      const Vec<A> g = activate<Gelu>(load_lanes<kFull>(x + i, n));
+      store_lanes<kFull>(y + i, g * load_lanes<kFull>(scale + i, n) + load_lanes<kFull>(bias + i, n), n);
+    });
+}
+
+// The output may hold a value between the passes where that loses nothing: not where it has fewer digits than the sums.
+template <bool Gelu, class T>
+constexpr bool kKeepBetweenPasses = Gelu && sizeof(T) == sizeof(accum_t<T>);
+
+template <bool Gelu, class T>
+void forward(const Grn& p, const Runner& run) {
+  using A = accum_t<T>;
+  constexpr bool kKeep = kKeepBetweenPasses<Gelu, T>;
+  const int64_t channels = p.channels;
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
+  A *norm = static_cast<A*>(p.norm), *sums = static_cast<A*>(p.workspace);
+  const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
+  number_tiles(p, p.first_tile);
+  A* scales = sums + p.first_tile[p.images] * channels;
+  two_passes(
+      p, p.first_tile, 2 * channels * static_cast<int64_t>(sizeof(T)), run,
+      [&](Tile t, int64_t number) {
+        const int64_t at = t.first_row * channels;
+        add_squares<Gelu, kKeep>(x + at, y + at, t.rows, channels, sums + number * channels);
+      },
+      [&](int64_t image) {
+        const int64_t tile = p.first_tile[image], at = image * channels;
+        finish_image(sums + tile * channels, p.first_tile[image + 1] - tile, channels, static_cast<A>(p.eps), weight, norm + at, scales + at);
+      },
+      [&](Tile t, int64_t) {
+        const int64_t at = t.first_row * channels;
+        const A* scale = scales + t.image * channels;
+        if constexpr (kKeep) apply<false>(y + at, scale, bias, y + at, t.rows, channels);
+        else apply<Gelu>(x + at, scale, bias, y + at, t.rows, channels);
+      });
+}
+
+// sums[0][c] = sum of grad * g, sums[1][c] = sum of grad over the tile's rows; normal_cdf(x) goes to `kept` where Keep.
+template <bool Gelu, bool Keep, class T>
+void add_products(const T* grad, const T* x, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
+  using A = accum_t<T>;
+  A* plain = sums + channels;
+  for (int64_t c = 0; c < 2 * channels; ++c) sums[c] = 0;
+  for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels, kept += Keep ? channels : 0)
+    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(full)::value;
+      Vec<A> g = load_lanes<kFull>(x + i, n);
+      const Vec<A> d = load_lanes<kFull>(grad + i, n);
+      if constexpr (Gelu) {
+        const Vec<A> cdf = normal_cdf(g);
+        if constexpr (Keep) store_lanes<kFull>(kept + i, cdf, n);
+        g *= cdf;
+      }
+      store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + g * d, n);
+      store_lanes<kFull>(plain + i, load_lanes<kFull>(plain + i, n) + d, n);
+    });
+}
+
+// One image: the coefficients of grad_g = grad * scale + g * pull, and its share of the parameters' gradients.
+template <class A>
+struct ImageGradients {
+  A *scale, *pull, *weight, *bias;
+  ImageGradients(A* base, int64_t image, int64_t channels)
+      : scale(base + 4 * image * channels), pull(scale + channels), weight(pull + channels), bias(weight + channels) {}
+};
+
+template <class A>
+void finish_image_backward(const A* sums, int64_t tiles, int64_t channels, A eps, const A* norm, const A* weight, ImageGradients<A> out) {
+  Mean mean_norm, mean_pull;
+  for (int64_t c = 0; c < channels; c += kChunk) mean_norm.add(norm + c, channels - c < kChunk ? static_cast<int>(channels - c) : kChunk);
+  const A divisor = static_cast<A>(mean_norm.over(channels)) + eps;
+  sum_tiles(sums, tiles, 2 * channels, channels, [&](int64_t c, const double* products, int n) __attribute__((always_inline)) {
+    double pull[kChunk];
+    for (int i = 0; i < n; ++i) {
+      const A product = static_cast<A>(products[i]), response = norm[c + i] / divisor;
+      pull[i] = static_cast<double>(weight[c + i]) * product * response;
+      out.scale[c + i] = 1 + weight[c + i] * response;
+      out.pull[c + i] = weight[c + i] * product;
+      out.weight[c + i] = product * response;
+    }
+    mean_pull.add(pull, n);
+  });
+  sum_tiles(sums + channels, tiles, 2 * channels, channels, [&](int64_t c, const double* grads, int n) __attribute__((always_inline)) {
+    for (int i = 0; i < n; ++i) out.bias[c + i] = static_cast<A>(grads[i]);
+  });
+  // Through N = G / (mean G + eps) to G, and through G = sqrt(sum g^2), whose derivative is g / G, or 0 where G is 0.
+  const A back = static_cast<A>(mean_pull.over(channels));
+  for (int64_t c = 0; c < channels; ++c) out.pull[c] = norm[c] > 0 ? (out.pull[c] - back) / (divisor * norm[c]) : 0;
+}
+
+// Where Kept, grad_x holds normal_cdf(x) on entry.
+template <bool Gelu, bool Kept, class T>
+void apply_backward(const T* grad, const T* x, const accum_t<T>* scale, const accum_t<T>* pull, T* grad_x, int64_t rows, int64_t channels) {
+  using A = accum_t<T>;
+  for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels, grad_x += channels)
+    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(full)::value;
+      const Vec<A> v = load_lanes<kFull>(x + i, n), d = load_lanes<kFull>(grad + i, n) * load_lanes<kFull>(scale + i, n);
+      if constexpr (Gelu) {
+        const Vec<A> cdf = Kept ? load_lanes<kFull>(grad_x + i, n) : normal_cdf(v);
+        const Vec<A> grad_g = d + v * cdf * load_lanes<kFull>(pull + i, n);
+        store_lanes<kFull>(grad_x + i, grad_g * (cdf + v * normal_pdf(v)), n);
+      } else {
+        store_lanes<kFull>(grad_x + i, d + v * load_lanes<kFull>(pull + i, n), n);
+      }
+    });
+}
+
+template <bool Gelu, class T>
+void backward(const GrnBackward& p, const Runner& run) {
+  using A = accum_t<T>;
+  constexpr bool kKeep = kKeepBetweenPasses<Gelu, T>;
+  const int64_t channels = p.channels;
+  const T *grad = static_cast<const T*>(p.grad), *x = static_cast<const T*>(p.x);
+  T* grad_x = static_cast<T*>(p.grad_x);
+  const A *norm = static_cast<const A*>(p.norm), *weight = static_cast<const A*>(p.weight);
+  A* sums = static_cast<A*>(p.workspace);
+  number_tiles(p, p.first_tile);
+  A* by_image = sums + 2 * p.first_tile[p.images] * channels;
+  two_passes(
+      p, p.first_tile, 3 * channels * static_cast<int64_t>(sizeof(T)), run,
+      [&](Tile t, int64_t number) {
+        const int64_t at = t.first_row * channels;
+        add_products<Gelu, kKeep>(grad + at, x + at, grad_x + at, t.rows, channels, sums + 2 * number * channels);
+      },
+      [&](int64_t image) {
+        const int64_t tile = p.first_tile[image];
+        finish_image_backward(sums + 2 * tile * channels, p.first_tile[image + 1] - tile, channels, static_cast<A>(p.eps),
+                              norm + image * channels, weight, ImageGradients<A>(by_image, image, channels));
+      },
+      [&](Tile t, int64_t) {
+        const int64_t at = t.first_row * channels;
+        const ImageGradients<A> image(by_image, t.image, channels);
+        apply_backward<Gelu, kKeep>(grad + at, x + at, image.scale, image.pull, grad_x + at, t.rows, channels);
+      });
+  A* const totals[2] = {static_cast<A*>(p.grad_weight), static_cast<A*>(p.grad_bias)};
+  for (int k = 0; k < 2; ++k)
+    sum_tiles(by_image + (2 + k) * channels, p.images, 4 * channels, channels, [&](int64_t c, const double* total, int n) {
+      for (int i = 0; i < n; ++i) totals[k][c + i] = static_cast<A>(total[i]);
+    });
+}
+
+template <class F>
+void dispatch(const GrnShape& p, const F& f) {
+  switch (p.dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
+
+void dispatch_forward(const Grn& p, const Runner& run) {
+  dispatch(p, [&](auto x) { p.gelu ? forward<true, decltype(x)>(p, run) : forward<false, decltype(x)>(p, run); });
+}
+void dispatch_backward(const GrnBackward& p, const Runner& run) {
+  dispatch(p, [&](auto x) { p.gelu ? backward<true, decltype(x)>(p, run) : backward<false, decltype(x)>(p, run); });
+}
+
+}  // namespace
+
+extern const GrnKernels grn = {dispatch_forward, dispatch_backward};
+
+}  // namespace convdit::CONVDIT_LEVEL

@@ -1,0 +1,152 @@
+"""Converted weights give the foreign models' outputs, and load strictly into ours."""
+
+import pytest
+import torch
+
+from convdit import checkpoints, models
+
+DEPTHS, DIMS = (1, 1, 2, 1), (8, 12, 16, 24)
+
+
+def randomise(model, seed=0):
+    """Random values: fresh GRN, LayerScale and adaLN are zero or tiny and prove nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                spread = 0.3 if parameter.ndim == 1 or "grn" in name else 0.15
+                noise = torch.randn(parameter.shape, generator=generator) * spread
+                parameter.copy_(noise + (1.0 if "norm" in name and "weight" in name else 0.0))
+    return model.eval()
+
+
+def assert_close(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 1e-2
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "name", ["convnextv2_atto", "convnextv2_tiny", "convnext_atto", "convnext_tiny"]
+)
+@torch.no_grad()
+def test_timm_logits_and_the_way_back(images, name):
+    timm = pytest.importorskip("timm")
+    theirs = randomise(timm.create_model(name, num_classes=5, depths=DEPTHS, dims=DIMS))
+    version = name.split("_")[0]
+    ours = models.create(f"{version}_tiny", num_classes=5, depths=DEPTHS, dims=DIMS).eval()
+    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "convdit"))
+    assert_close(ours(images), theirs(images))
+    randomise(ours, seed=2)
+    back = checkpoints.convert(ours.state_dict(), "timm")
+    if name.endswith("tiny"):  # of this width timm's own models have 1x1 convolutions
+        back = {k: v.flatten(1) if ".mlp.fc" in k and v.ndim == 4 else v for k, v in back.items()}
+    theirs.load_state_dict(back)
+    assert_close(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_tiny"])
+def test_the_names_and_shapes_of_timms_full_size_models(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        theirs = timm.create_model(name).state_dict()
+        ours = models.create(name).state_dict()
+    there = checkpoints.convert(ours, "timm")
+    assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in theirs.items()}
+    back = checkpoints.convert(theirs, "convdit")
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in ours.items()}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_transformers_logits_and_the_way_back(images, version):
+    transformers = pytest.importorskip("transformers")
+    kind = "ConvNextV2" if version == 2 else "ConvNext"
+    # Their final LayerNorm has eps 1e-12 by default; the official eps makes the two models equal.
+    config = getattr(transformers, f"{kind}Config")(
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=5, layer_norm_eps=1e-6
+    )
+    theirs = randomise(getattr(transformers, f"{kind}ForImageClassification")(config))
+    name = "convnextv2_tiny" if version == 2 else "convnext_tiny"
+    ours = models.create(name, num_classes=5, depths=DEPTHS, dims=DIMS).eval()
+    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "convdit"))
+    assert_close(ours(images), theirs(images).logits)
+    randomise(ours, seed=2)
+    theirs.load_state_dict(checkpoints.convert(ours.state_dict(), "transformers"))
+    assert_close(ours(images), theirs(images).logits)
+
+
+@torch.no_grad()
+def test_an_fcmae_goes_to_minkowski_and_its_encoder_into_a_dense_model(images):
+    fcmae = models.FCMAE("convnextv2_atto", image_size=64, depths=DEPTHS, dims=DIMS, decoder_dim=16)
+    randomise(fcmae)
+    sparse = checkpoints.convert(fcmae.state_dict(), "fcmae_minkowski")
+    again = models.FCMAE("convnextv2_atto", image_size=64, depths=DEPTHS, dims=DIMS, decoder_dim=16)
+    again.load_state_dict(checkpoints.convert(sparse, "convdit"))
+    assert all(map(torch.equal, again.state_dict().values(), fcmae.state_dict().values()))
+    dense = models.create("convnextv2_atto", depths=DEPTHS, dims=DIMS, features_only=True).eval()
+    encoder = checkpoints.sparse_to_dense(sparse, encoder_only=True)
+    dense.load_state_dict(encoder)
+    for ours, theirs in zip(
+        dense.forward_intermediates(images),
+        fcmae.encoder.forward_intermediates(images),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    classifier = models.create("convnextv2_atto", num_classes=5, depths=DEPTHS, dims=DIMS)
+    left = classifier.load_encoder(encoder)
+    assert set(left) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+
+
+def dit():
+    return models.DiT(
+        input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4,
+        num_classes=10,
+    )  # fmt: skip
+
+
+def diffusers_dit(diffusers):
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
+    )  # fmt: skip
+    for block in model.transformer_blocks:
+        # The one constant besides eps in which diffusers differs from the official DiT.
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:diffusers' DiT computes")
+@torch.no_grad()
+def test_diffusers_outputs_and_the_way_back():
+    diffusers = pytest.importorskip("diffusers")
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    t, y = torch.tensor([0, 17, 999]), torch.tensor([0, 9, 10])
+    theirs, ours = randomise(diffusers_dit(diffusers)), dit().eval()
+    first = theirs.transformer_blocks[0].norm1.emb.state_dict()
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
+    converted = checkpoints.convert(theirs.state_dict(), "convdit", input_size=8)
+    ours.load_state_dict(converted)
+    assert_close(ours(x, t, y), theirs(x, t, y).sample)
+    randomise(ours, seed=2)
+    theirs.load_state_dict(checkpoints.convert(ours.state_dict(), "diffusers"))
+    assert_close(ours(x, t, y), theirs(x, t, y).sample)
+
+
+@pytest.mark.filterwarnings("ignore:diffusers' DiT computes")
+def test_a_state_without_a_position_table_loads_strictly():
+    ours = randomise(dit())
+    state = dict(checkpoints.convert(ours.state_dict(), "diffusers"))
+    converted = checkpoints.convert(state, "convdit")
+    assert "pos_embed" not in converted
+    loaded = dit()
+    with torch.no_grad():
+        loaded.pos_embed.fill_(7.0)
+    loaded.load_state_dict(converted)
+    assert all(map(torch.equal, loaded.state_dict().values(), ours.state_dict().values()))
