@@ -7,6 +7,7 @@ from .attention import adaln_zero_attention, packed_attention
 from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
 from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
 from .sites import neighbors
+from .sparse_depthwise_conv import sparse_depthwise_conv2d
 
 __all__ = [
     "adaln_zero_attention",
@@ -19,6 +20,7 @@ __all__ = [
     "layer_norm_modulate",
     "neighbors",
     "packed_attention",
+    "sparse_depthwise_conv2d",
     "sparse_gelu_grn",
     "sparse_grn",
 ]
