@@ -36,7 +36,7 @@ class LoopOptions:
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.05, "AdamW decay of matrices and kernels")
     beta2: float = option(0.95, "AdamW decay of the squared gradient")
-    warmup: int = option(50, "steps of linear warm-up, before the cosine")
+    warmup: int | None = option(None, "steps of linear warm-up (default: a twentieth of all)")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
     augment: str = option("auto", "shift for small pictures, crop for large", AUGMENTATIONS)
@@ -53,9 +53,11 @@ class LoopOptions:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip_grad", "weight_decay", "workers", "seed"):
+        for name in ("clip_grad", "weight_decay", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup: expected 0 to {self.steps} (steps), got {self.warmup}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
         for name in ("ema", "beta2"):
