@@ -44,18 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, help: str, options: type | None = None, trains: bool = False):
-        command = commands.add_parser(
-            name, help=help, description=(options.__doc__ if trains else None) or help
-        )
+        command = commands.add_parser(name, help=help, description=(options.__doc__ if trains else None) or help)
         command.set_defaults(run=run, options=options)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if options:
             _add_options(command, options)
         if trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
-            command.add_argument(
-                "--resume", action="store_true", help="go on with the run in --out, same options"
-            )
+            command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
         return command
 
     demo = add("demo", _demo, "the whole mission on small real pictures, with a report")
@@ -63,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", default=None, help="another data set (default: mnist5k)")
     demo.add_argument("--quick", action="store_true", help="under a minute, on digits, less to see")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything (%(default)s)")
-    demo.add_argument(
-        "--cpu", action="store_true", help="stay on the CPU even where there is a GPU"
-    )
+    demo.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
     add("pretrain", _pretrain, "FCMAE pre-training of a ConvNeXt", opt.PretrainOptions, trains=True)
     add("finetune", _finetune, "train a classifier", opt.FinetuneOptions, trains=True)
@@ -81,18 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     add("train-dit", _train_dit, "train a diffusion transformer", opt.DiTOptions, trains=True)
     sample = add("sample", _sample, "pictures from a trained diffusion transformer")
     sample.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
-    sample.add_argument(
-        "--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)"
-    )
+    sample.add_argument("--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)")
     sample.add_argument("--classes", nargs="+", help="names or numbers (default: all)")
     sample.add_argument("--count", type=int, default=8, help="pictures a class (%(default)s)")
     sample.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
     sample.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
     sample.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument(
-        "--cpu", action="store_true", help="stay on the CPU even where there is a GPU"
-    )
+    sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
     convert = add("convert", _convert, "convert a checkpoint between formats")
     convert.add_argument("source", metavar="IN", help="safetensors or torch file, or a run folder")
@@ -238,9 +228,7 @@ def _convert(given: argparse.Namespace) -> None:
     target = given.target or given.out
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
-    found, count = convert_file(
-        given.source, Path(target), given.to, given.source_format, given.encoder_only
-    )
+    found, count = convert_file(given.source, Path(target), given.to, given.source_format, given.encoder_only)
     print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
 
 

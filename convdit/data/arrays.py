@@ -35,19 +35,13 @@ def read_npz(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     elif "all" in found:
         found = {"all": found["all"]}
     else:
-        raise DataError(
-            f"{path}: expected arrays 'images' and 'labels' (or 'train_images', ...), got {names}"
-        )
-    return {
-        split: (images, check_labels(labels, path)) for split, (images, labels) in found.items()
-    }
+        raise DataError(f"{path}: expected arrays 'images' and 'labels' (or 'train_images', ...), got {names}")
+    return {split: (images, check_labels(labels, path)) for split, (images, labels) in found.items()}
 
 
 def check_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     if labels.ndim == 2 and labels.shape[1] == 1:  # as MedMNIST has them
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: labels: expected integers (N,), got {labels.dtype} {labels.shape}"
-        )
+        raise DataError(f"{path}: labels: expected integers (N,), got {labels.dtype} {labels.shape}")
     return labels.astype(np.int64)

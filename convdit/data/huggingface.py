@@ -25,9 +25,7 @@ class RowReader:
         try:
             return fit_picture(self.rows[index][self.column], self.image_size, self.channels)
         except Exception as error:  # Pillow's plug-ins raise anything on a damaged picture
-            raise DataError(
-                f"{self.source}: row {index}: cannot be read as a picture: {error}"
-            ) from error
+            raise DataError(f"{self.source}: row {index}: cannot be read as a picture: {error}") from error
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -58,8 +56,7 @@ def _open(rows, folder: Path, image_size: int, channels: int) -> LazyDataset:
         labels = [n for n in ("label", "labels") if n in rows.features]
     if not images or not labels:
         raise DataError(
-            f"{folder}: expected an Image column and a ClassLabel column (or 'label'), "
-            f"got {list(rows.features)}"
+            f"{folder}: expected an Image column and a ClassLabel column (or 'label'), got {list(rows.features)}"
         )
     values = torch.tensor(np.asarray(rows[labels[0]]))
     if values.is_floating_point():
@@ -68,6 +65,4 @@ def _open(rows, folder: Path, image_size: int, channels: int) -> LazyDataset:
     count = int(values.max()) + 1 if len(values) else 0
     classes = getattr(feature, "names", None) or [str(i) for i in range(count)]
     reader = RowReader(rows, images[0], image_size, channels, str(folder))
-    return LazyDataset(
-        reader, range(len(values)), values, classes, (channels, image_size, image_size)
-    )
+    return LazyDataset(reader, range(len(values)), values, classes, (channels, image_size, image_size))

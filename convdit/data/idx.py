@@ -25,9 +25,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     if len(raw) < 4 or raw[:2] != b"\0\0":
         raise DataError(f"{path}: not an IDX file")
     if raw[2] != 8:
-        raise DataError(
-            f"{path}: expected an IDX file of unsigned bytes (type 8), got type {raw[2]}"
-        )
+        raise DataError(f"{path}: expected an IDX file of unsigned bytes (type 8), got type {raw[2]}")
     rank = raw[3]
     if len(raw) < 4 + 4 * rank:
         raise DataError(f"{path}: truncated in the header")
@@ -36,9 +34,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     for extent in shape:
         expected *= extent
     if len(raw) - 4 - 4 * rank != expected:
-        raise DataError(
-            f"{path}: expected {expected} values of shape {shape}, got {len(raw) - 4 - 4 * rank}"
-        )
+        raise DataError(f"{path}: expected {expected} values of shape {shape}, got {len(raw) - 4 - 4 * rank}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
 
 
@@ -51,10 +47,7 @@ def find_idx(folder: Path) -> dict[str, tuple[Path, Path]]:
             found[split] = (pair[0], pair[1])
         elif pair[0] or pair[1]:
             missing = "labels" if pair[0] else "images"
-            raise DataError(
-                f"{folder}: no file {prefix}-{missing}-idx*-ubyte[.gz] "
-                f"beside {(pair[0] or pair[1]).name}"
-            )
+            raise DataError(f"{folder}: no file {prefix}-{missing}-idx*-ubyte[.gz] beside {(pair[0] or pair[1]).name}")
     return found
 
 
@@ -66,9 +59,7 @@ def read_pair(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndar
     if labels.ndim != 1:
         raise DataError(f"{labels_path}: expected rank 1 (N,), got shape {labels.shape}")
     if len(images) != len(labels):
-        raise DataError(
-            f"{images_path}: {len(images)} images, but {labels_path} has {len(labels)} labels"
-        )
+        raise DataError(f"{images_path}: {len(images)} images, but {labels_path} has {len(labels)} labels")
     return images, labels
 
 

@@ -16,9 +16,7 @@ from .pixels import fit_array, to_channels_first
 EMBEDDED = {"mnist5k": embedded.mnist5k, "digits": embedded.digits}
 _EMBEDDED_SIZE = {"mnist5k": 32, "digits": 16}
 _PICTURE_SIZE = 224
-_MEMORY_LIMIT = (
-    2**30
-)  # pictures of up to this many bytes are read, and so checked, before training starts
+_MEMORY_LIMIT = 2**30  # pictures of up to this many bytes are read, and so checked, before training starts
 
 
 class Splits(NamedTuple):
@@ -26,9 +24,7 @@ class Splits(NamedTuple):
     test: ImageDataset
 
 
-def load(
-    data: str | Path = "mnist5k", image_size: int | None = None, channels: int | None = None
-) -> Splits:
+def load(data: str | Path = "mnist5k", image_size: int | None = None, channels: int | None = None) -> Splits:
     """Opens a data set by name or path.
 
     Args:
@@ -51,9 +47,7 @@ def load(
     if str(data) in EMBEDDED:
         images, labels, classes = EMBEDDED[str(data)]()
         size = image_size or _EMBEDDED_SIZE[str(data)]
-        return _split(
-            {"all": _memory(images, labels, list(classes), size, channels, str(data))}, str(data)
-        )
+        return _split({"all": _memory(images, labels, list(classes), size, channels, str(data))}, str(data))
     path = Path(data)
     if not path.exists():
         raise DataError(f"{data}: no such file or folder, and not one of {', '.join(EMBEDDED)}")
@@ -92,9 +86,7 @@ def _memory(images, labels, classes, image_size, channels, source) -> MemoryData
     return MemoryDataset(tensor, torch.from_numpy(labels.astype(np.int64)), classes)
 
 
-def _arrays(
-    read: dict, image_size: int | None, channels: int | None, path: Path
-) -> dict[str, ImageDataset]:
+def _arrays(read: dict, image_size: int | None, channels: int | None, path: Path) -> dict[str, ImageDataset]:
     count = max((int(labels.max()) + 1 for _, labels in read.values() if len(labels)), default=0)
     classes = [str(i) for i in range(count)]
     return {
@@ -110,8 +102,7 @@ def _split(found: dict[str, ImageDataset], source: str) -> Splits:
     if "test" in found:
         if found["test"].image_shape != whole.image_shape:
             raise DataError(
-                f"{source}: test images have shape {found['test'].image_shape}, "
-                f"training images {whole.image_shape}"
+                f"{source}: test images have shape {found['test'].image_shape}, training images {whole.image_shape}"
             )
         return Splits(whole, found["test"])
     try:

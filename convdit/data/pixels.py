@@ -18,8 +18,7 @@ def to_channels_first(images: np.ndarray, source: str) -> Tensor:
         images = images.transpose(0, 3, 1, 2)
     elif not (images.ndim == 4 and images.shape[1] in (1, 3)):
         raise DataError(
-            f"{source}: images: expected shape (N, H, W), (N, H, W, 1|3) or (N, 1|3, H, W), "
-            f"got {images.shape}"
+            f"{source}: images: expected shape (N, H, W), (N, H, W, 1|3) or (N, 1|3, H, W), got {images.shape}"
         )
     if 0 in images.shape:
         raise DataError(f"{source}: images: empty, shape {images.shape}")
@@ -30,9 +29,7 @@ def to_channels_first(images: np.ndarray, source: str) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
     low, high = float(tensor.min()), float(tensor.max())
     if not (0 <= low and high <= 1):  # written so that NaN fails too
-        raise DataError(
-            f"{source}: images: floating point must lie in [0, 1], got {low:g}..{high:g}"
-        )
+        raise DataError(f"{source}: images: floating point must lie in [0, 1], got {low:g}..{high:g}")
     return tensor
 
 
@@ -55,11 +52,7 @@ def resize(images: Tensor, size: int) -> Tensor:
         antialias=True,
         align_corners=False,
     )
-    return (
-        resized.round().clamp(0, 255).to(torch.uint8)
-        if images.dtype == torch.uint8
-        else resized.clamp(0, 1)
-    )
+    return resized.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else resized.clamp(0, 1)
 
 
 def fit_array(images: Tensor, image_size: int | None, channels: int | None) -> Tensor:

@@ -166,10 +166,12 @@ class GaussianDiffusion:
         else that of the model's parameters. The same generator state gives the same bits. Put the
         model in eval mode first, or it may drop labels.
         """
-        if isinstance(sampler, str) and sampler not in ("ddpm", "ddim"):
+        if sampler not in ("ddpm", "ddim") and not hasattr(sampler, "set_timesteps"):
             raise ValueError(
                 f'sampler must be "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}'
             )
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in 0..1, got {eta}")
         if sampler == "ddpm" and eta:
             raise ValueError(f'eta is for the sampler "ddim", got eta={eta} for "ddpm"')
         x = samplers.starting_noise(model, shape, noise, generator, device)

@@ -31,12 +31,11 @@ def ddpm(
         t = _indices(x, index)
         noise, sigma = denoise(x, t)
         x0 = _x0(d, x, t, noise, clip)
-        mean = d.posterior_mean(x0, x, t)
-        if index == 0:
-            return mean
         std = torch.exp(0.5 * d.log_variance(sigma, t, x))
-        x = mean + std * _draw(x.shape, x.dtype, x.device, generator)
-    raise AssertionError("a schedule keeps at least one step")
+        x = d.posterior_mean(x0, x, t)
+        if index > 0:
+            x = x + std * _draw(x.shape, x.dtype, x.device, generator)
+    return x
 
 
 def ddim(

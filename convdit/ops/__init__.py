@@ -8,6 +8,7 @@ from .convnext_block import convnext_block
 from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
 from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
 from .sites import neighbors
+from .sparse_depthwise_conv import sparse_depthwise_conv2d
 
 __all__ = [
     "adaln_zero_attention",
@@ -21,6 +22,7 @@ __all__ = [
     "layer_norm_modulate",
     "neighbors",
     "packed_attention",
+    "sparse_depthwise_conv2d",
     "sparse_gelu_grn",
     "sparse_grn",
 ]

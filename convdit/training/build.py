@@ -66,9 +66,7 @@ def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -
     if options.model != "small":
         config["name"] = options.model.replace("-", "_").replace("/", "_")
         if not hasattr(models, config["name"]) or not config["name"].startswith("DiT_"):
-            raise ValueError(
-                f"model: expected small or a size of the paper such as DiT-S/2, got {options.model!r}"
-            )
+            raise ValueError(f"model: expected small or a size of the paper such as DiT-S/2, got {options.model!r}")
     for key in ("hidden_size", "depth", "num_heads", "patch_size"):
         if getattr(options, key) is not None:
             config[key] = getattr(options, key)

@@ -29,9 +29,7 @@ def count(name: str, image_size: int | None = None, modules: bool = False) -> di
             model = models.create(name)
             inputs = (torch.zeros(1, 3, size, size),)
         else:
-            sizes = [
-                n.replace("_", "-", 1).replace("_", "/") for n in dir(models) if n[:4] == "DiT_"
-            ]
+            sizes = [n.replace("_", "-", 1).replace("_", "/") for n in dir(models) if n[:4] == "DiT_"]
             known = ", ".join([*models.list(), *sizes])
             raise ValueError(f"MODEL: expected one of {known}; got {name!r}")
     found = flops(model.eval(), *inputs)

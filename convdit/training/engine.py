@@ -71,11 +71,10 @@ class _Trainer:
         self.accelerator, self.objective = accelerator, objective
         self.options, self.run = options, run
         # Copied before accelerate wraps the forward of the model for mixed precision.
-        self.ema = (
-            moving_average(model, options.ema).to(accelerator.device) if options.ema else None
-        )
+        self.ema = moving_average(model, options.ema).to(accelerator.device) if options.ema else None
         optimizer = adamw(model, options.lr, options.weight_decay, options.beta2)
-        self.schedule = warmup_cosine(optimizer, options.warmup, options.steps)
+        warmup = options.steps // 20 if options.warmup is None else options.warmup
+        self.schedule = warmup_cosine(optimizer, warmup, options.steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.seconds = 0.0
 
@@ -83,9 +82,7 @@ class _Trainer:
         """Loads the last checkpoint, if any; the number of steps done."""
         found = self.run.checkpoints()
         if not found:
-            require("accelerate", "training").utils.set_seed(
-                self.options.seed, device_specific=True
-            )
+            require("accelerate", "training").utils.set_seed(self.options.seed, device_specific=True)
             self.run.trim_log(0)
             return 0
         step, folder = found[-1]
@@ -181,10 +178,7 @@ class _Trainer:
         return int(self.accelerator.gather(received).max())
 
     def _log(self, step: int, totals: dict, count: int, rate: float) -> dict[str, float]:
-        values = {
-            name: float(self.accelerator.reduce(total / count, "mean"))
-            for name, total in totals.items()
-        }
+        values = {name: float(self.accelerator.reduce(total / count, "mean")) for name, total in totals.items()}
         if not all(math.isfinite(value) for value in values.values()):
             raise TrainingError(
                 f"step {step}: the loss is not finite ({values}); try a lower --lr. "

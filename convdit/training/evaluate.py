@@ -45,9 +45,7 @@ class LinearProbe:
         features = features.double()
         self.mean, self.std = features.mean(0), features.std(0).clamp_min(1e-6)
         inputs = (features - self.mean) / self.std
-        self.weight = torch.zeros(
-            classes, features.shape[1], dtype=torch.float64, requires_grad=True
-        )
+        self.weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, requires_grad=True)
         self.bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
         parameters = [self.weight, self.bias]
         solver = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")

@@ -19,9 +19,7 @@ from .runs import Run
 from .transforms import augment
 
 
-def finetune(
-    options: FinetuneOptions, out: str | Path, resume: bool = False
-) -> tuple[nn.Module, dict[str, Any]]:
+def finetune(options: FinetuneOptions, out: str | Path, resume: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """Trains a classifier in the run folder ``out``; returns it and its held-out accuracy."""
     accelerator = start(options)
     splits = open_data(options)
@@ -57,9 +55,7 @@ def finetune(
 
 def chosen(dataset: data.ImageDataset, labels: int | None, seed: int) -> data.ImageDataset:
     """All pictures, or ``labels`` of them, balanced."""
-    return (
-        dataset if labels is None else dataset.subset(data.few_labels(dataset.labels, labels, seed))
-    )
+    return dataset if labels is None else dataset.subset(data.few_labels(dataset.labels, labels, seed))
 
 
 def probe(options: ProbeOptions) -> dict[str, Any]:
@@ -79,9 +75,7 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
     def features(images: Tensor) -> Tensor:
         return pooled_features(model, normalise(images))
 
-    linear = LinearProbe(
-        *in_batches(features, training, device), len(training.classes), options.penalty
-    )
+    linear = LinearProbe(*in_batches(features, training, device), len(training.classes), options.penalty)
     known, seen = in_batches(features, training, device)
     held_out, labels = in_batches(features, splits.test, device)
     return {

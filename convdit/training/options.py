@@ -23,9 +23,7 @@ class DataOptions:
 
 @dataclass
 class ModelOptions:
-    model: str = option(
-        "auto", "a ConvNeXt by name, small, or auto: small up to 64 pixels, else convnextv2_atto"
-    )
+    model: str = option("auto", "a ConvNeXt by name, small, or auto: small up to 64 pixels, else convnextv2_atto")
     depths: list[int] | None = option(None, "blocks a stage, for another size of the model")
     dims: list[int] | None = option(None, "channels a stage, for another size of the model")
     stem_stride: int | None = option(None, "pixels along a site of the first stage")
@@ -38,7 +36,7 @@ class LoopOptions:
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.05, "AdamW decay of matrices and kernels")
     beta2: float = option(0.95, "AdamW decay of the squared gradient")
-    warmup: int = option(50, "steps of linear warm-up, before the cosine")
+    warmup: int | None = option(None, "steps of linear warm-up (default: a twentieth of all)")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
     augment: str = option("auto", "shift for small pictures, crop for large", AUGMENTATIONS)
@@ -55,9 +53,11 @@ class LoopOptions:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip_grad", "weight_decay", "workers", "seed"):
+        for name in ("clip_grad", "weight_decay", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup: expected 0 to {self.steps} (steps), got {self.warmup}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
         for name in ("ema", "beta2"):
@@ -68,9 +68,7 @@ class LoopOptions:
             ("augment", AUGMENTATIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.batch_size % (self.accumulate * world):
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide into {self.accumulate} part(s) on {world} process(es)"
@@ -87,26 +85,18 @@ class PretrainOptions(LoopOptions, ModelOptions, DataOptions):
     """FCMAE: hide most patches, run sparse convolutions on the rest, predict the hidden ones."""
 
     mask_ratio: float = option(0.6, "share of patches hidden")
-    decoder_dim: int | None = option(
-        None, "width of the decoder (default: 4 x first stage, <= 512)"
-    )
+    decoder_dim: int | None = option(None, "width of the decoder (default: 4 x first stage, <= 512)")
     decoder_depth: int = option(1, "blocks of the decoder")
-    norm_pix_loss: bool = option(
-        True, "predict pixels normalised by the patch's mean and deviation"
-    )
+    norm_pix_loss: bool = option(True, "predict pixels normalised by the patch's mean and deviation")
     grn_scope: str = option("sample", "sites that GRN pools over", ("sample", "batch"))
-    sparse: bool = option(
-        True, "sparse convolutions; without: dense ones on masked maps, as a check"
-    )
+    sparse: bool = option(True, "sparse convolutions; without: dense ones on masked maps, as a check")
 
 
 @dataclass
 class FinetuneOptions(LoopOptions, ModelOptions, DataOptions):
     """Train a ConvNeXt classifier, from a pre-trained encoder or from random weights."""
 
-    init: str | None = option(
-        None, "run folder or checkpoint to start from (default: random weights)"
-    )
+    init: str | None = option(None, "run folder or checkpoint to start from (default: random weights)")
     labels: int | None = option(None, "use only so many labelled pictures, balanced (default: all)")
     label_seed: int = option(0, "which pictures those are")
     drop_path: float = option(0.0, "rate of stochastic depth")

@@ -65,9 +65,7 @@ def load_fcmae(source: str | Path) -> tuple[nn.Module, Normalise, dict[str, Any]
 
 
 @torch.no_grad()
-def reconstructions(
-    model: nn.Module, normalise: Normalise, images: Tensor, seed: int = 0
-) -> Tensor:
+def reconstructions(model: nn.Module, normalise: Normalise, images: Tensor, seed: int = 0) -> Tensor:
     """(B, C, H, W) in [0, 1] to (3B, C, H, W): original, visible part on grey, filled in."""
     generator = torch.Generator().manual_seed(seed)
     inputs = normalise(images)

@@ -25,11 +25,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that only their owner reads
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: object) -> None:
@@ -96,9 +103,7 @@ class Run:
     options. Nothing is created before all checks have passed.
     """
 
-    def __init__(
-        self, out: str | Path, config: dict, resume: bool = False, main: bool = True
-    ) -> None:
+    def __init__(self, out: str | Path, config: dict, resume: bool = False, main: bool = True) -> None:
         self.path, self.main = Path(out), main
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         if not main:  # the main process checks and writes for all
@@ -131,9 +136,7 @@ class Run:
                 found.append((int(number), path))
         return sorted(found)
 
-    def save_checkpoint(
-        self, step: int, write: Callable[[Path], None], wait: Callable[[], None]
-    ) -> None:
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], wait: Callable[[], None]) -> None:
         """All processes ``write`` into a hidden folder, which then takes its name; older go."""
         place = self.path / CHECKPOINTS / f"step-{step:08d}"
         temporary = place.with_name(f".{place.name}.tmp")

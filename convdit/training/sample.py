@@ -110,9 +110,7 @@ def class_numbers(names: Sequence[str] | None, classes: Sequence[str]) -> list[i
             numbers.append(int(name))
         else:
             known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise ValueError(
-                f"classes: expected names among {known}, or their numbers, got {name!r}"
-            )
+            raise ValueError(f"classes: expected names among {known}, or their numbers, got {name!r}")
     return numbers
 
 

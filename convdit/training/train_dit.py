@@ -73,9 +73,7 @@ def _train_autoencoder(options: DiTOptions, dataset: data.ImageDataset, out: Pat
     }
     run = Run(out, config, resume=out.exists(), main=accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    model = train(
-        accelerator, model, lambda model, images, labels: model(2 * images - 1), dataset, loop, run
-    )
+    model = train(accelerator, model, lambda model, images, labels: model(2 * images - 1), dataset, loop, run)
     images, _ = dataset.batch(torch.linspace(0, len(dataset) - 1, min(1000, len(dataset))).long())
     model.measure(2 * images.to(accelerator.device) - 1)
     finish(accelerator, run, model, {})

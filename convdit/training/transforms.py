@@ -21,9 +21,7 @@ class Normalise:
         chosen = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
         images, _ = dataset.batch(chosen)
         std, mean = torch.std_mean(images.double(), dim=(0, 2, 3))
-        return cls(
-            [round(v, 6) for v in mean.tolist()], [round(max(v, 1e-3), 6) for v in std.tolist()]
-        )
+        return cls([round(v, 6) for v in mean.tolist()], [round(max(v, 1e-3), 6) for v in std.tolist()])
 
     def _shaped(self, values: list[float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
@@ -32,9 +30,7 @@ class Normalise:
         return (images - self._shaped(self.mean, images)) / self._shaped(self.std, images)
 
     def invert(self, images: Tensor) -> Tensor:
-        return (images * self._shaped(self.std, images) + self._shaped(self.mean, images)).clamp(
-            0, 1
-        )
+        return (images * self._shaped(self.std, images) + self._shaped(self.mean, images)).clamp(0, 1)
 
 
 def augment(images: Tensor, kind: str) -> Tensor:

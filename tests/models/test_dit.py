@@ -12,6 +12,11 @@ from convdit.nn.dit_block import CONDITIONINGS, DiTBlock
 from . import dit_eager
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def randomised(module, seed=0):
     """The module with every parameter drawn anew: what starts at zero would prove nothing."""
     generator = torch.Generator().manual_seed(seed)

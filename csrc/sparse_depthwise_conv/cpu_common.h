@@ -1,0 +1,80 @@
+// What the CPU kernels of the sparse depthwise convolution share. Included once a level, by cpu.cpp.
+//
+// Kernels know float and double only: halves are copied to float32 first, since each feature is read about ten times.
+#pragma once
+#include "common/simd.h"
+#include "sparse_depthwise_conv/sparse_depthwise_conv.h"
+
+namespace convdit::CONVDIT_LEVEL {
+namespace {
+
+#define CONVDIT_FLAT __attribute__((always_inline))
+
+// f.operator()<0>(), ..., <N - 1>: a loop whose counter is a constant. The lambdas must be CONVDIT_FLAT, too.
+template <int N, int I = 0, class F>
+CONVDIT_INLINE void unroll(const F& f) {
+  if constexpr (I < N) {
+    f.template operator()<I>();
+    unroll<N, I + 1>(f);
+  }
+}
+
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int most(int a, int b) { return a > b ? a : b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The specialised kernels: 7x7, blocks of 8, 4 and 2. Taps lie in memory as (channel vector, tap, lane).
+constexpr int kSide = 7, kHalf = 3, kTaps = 49;
+
+template <class A>
+int64_t vectors_of(int64_t channels) { return (channels + lanes<A> - 1) / lanes<A>; }
+
+// The first n lanes, at no cost where there are masks. Elsewhere the specialised kernels see whole vectors only, and the
+// channels left over go to the general ones.
+#if defined(__AVX512BW__)
+constexpr bool kMasks = true;
+CONVDIT_INLINE Vec<float> load_some(const float* p, int64_t n) { return load(p, n); }
+CONVDIT_INLINE void store_some(float* p, Vec<float> v, int64_t n) { store(p, v, n); }
+#else
+constexpr bool kMasks = false;
+CONVDIT_INLINE Vec<float> load_some(const float* p, int64_t) { return load(p); }
+CONVDIT_INLINE void store_some(float* p, Vec<float> v, int64_t) { store(p, v); }
+#endif
+
+// How many channel vectors the specialised kernels take.
+inline int64_t special_vectors(int64_t channels) { return kMasks ? vectors_of<float>(channels) : channels / kFloats; }
+
+// The row of the site at (y, x), counted from the first site of the block with this row of the table, or -1.
+CONVDIT_INLINE int32_t neighbor_site(const int32_t* table, int64_t block, int64_t radius, int64_t y, int64_t x) {
+  const int64_t down = y + radius * block, right = x + radius * block;  // at least 0
+  const int32_t q = table[down / block * (2 * radius + 1) + right / block];
+  return q < 0 ? -1 : static_cast<int32_t>((q * block + down % block) * block + right % block);
+}
+
+constexpr int64_t kConvertedPerTask = 1 << 14;
+
+template <class H>
+void widen_all(const void* from, float* to, int64_t count, const Runner& run) {
+  run((count + kConvertedPerTask - 1) / kConvertedPerTask, [&](int64_t task) {
+    const int64_t first = task * kConvertedPerTask;
+    for_each_vector<float>(least(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
+      constexpr bool kFull = decltype(full)::value;
+      store_lanes<kFull>(to + first + i, load_lanes<kFull>(static_cast<const H*>(from) + first + i, n), n);
+    });
+  });
+}
+
+template <class H>
+void narrow_all(const float* from, void* to, int64_t count, const Runner& run) {
+  run((count + kConvertedPerTask - 1) / kConvertedPerTask, [&](int64_t task) {
+    const int64_t first = task * kConvertedPerTask;
+    for_each_vector<float>(least(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
+      constexpr bool kFull = decltype(full)::value;
+      store_lanes<kFull>(static_cast<H*>(to) + first + i, load_lanes<kFull>(from + first + i, n), n);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace convdit::CONVDIT_LEVEL

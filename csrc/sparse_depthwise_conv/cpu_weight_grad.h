@@ -1,0 +1,275 @@
+// Weight and bias gradient of the sparse depthwise convolution.
+//
+// Blocks that lie at the same offset from their output block contribute to the same taps. For a group of output blocks
+// small enough for the first-level cache, the pairs (output block, input block) are listed by offset; taps then stay in
+// registers while a list is walked, without a branch inside. Sums are kept by chunk of blocks and added up in order.
+#pragma once
+#include "sparse_depthwise_conv/cpu_common.h"
+
+namespace convdit::CONVDIT_LEVEL {
+namespace {
+
+template <class A>
+struct WeightGrad {
+  const SparseDepthwiseWeightGrad& p;
+  const A *grad, *x;
+  int64_t chunks, vectors;
+
+  // Sums of one chunk and channel vector: (taps + 1, lane), the bias gradient last.
+  A* sums(int64_t chunk, int64_t vector) const {
+    const int64_t rows = p.kernel * p.kernel + 1;
+    return static_cast<A*>(p.workspace) + (chunk * vectors + vector) * rows * lanes<A>;
+  }
+  int64_t lanes_of(int64_t vector) const { return least(p.channels - vector * lanes<A>, int64_t{lanes<A>}); }
+};
+
+struct Pair {
+  int32_t out, in;
+};
+
+template <class A>
+void add_bias_sums(A* sums, const A* grad, int64_t rows, int64_t channels, int64_t n) {
+  Vec<A> total[4] = {load(sums)};
+  int64_t row = 0;
+  if (n == lanes<A>)
+    for (; row + 4 <= rows; row += 4)
+      unroll<4>([&]<int r>() CONVDIT_FLAT { total[r] += load(grad + (row + r) * channels); });
+  for (; row < rows; ++row) total[0] += load(grad + row * channels, n);
+  store(sums, (total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// ---- blocks of 8, 4 and 2 -----------------------------------------------------------------------------------------
+// Adds to total[tap - kLeft], the taps of one kernel row, what a row of B gradients and a row of B inputs of the block Dx
+// to the right bring.
+template <int B, int Dx>
+struct Columns {
+  static constexpr int kLeft = most(0, Dx * B - (B - 1) + kHalf), kCount = least(kSide - 1, Dx * B + B - 1 + kHalf) - kLeft + 1;
+
+  CONVDIT_INLINE static void add(Vec<float>* total, const float* grad, const float* in, int64_t channels, int64_t n) {
+    Vec<float> d[B];
+    unroll<B>([&]<int o>() CONVDIT_FLAT { d[o] = load_some(grad + o * channels, n); });
+    unroll<B>([&]<int c>() CONVDIT_FLAT {
+      constexpr int column = c + Dx * B;
+      if constexpr (column >= -kHalf && column < B + kHalf) {
+        const Vec<float> value = load_some(in + c * channels, n);
+        unroll<B>([&]<int o>() CONVDIT_FLAT {
+          constexpr int k = column - o + kHalf;
+          if constexpr (k >= 0 && k < kSide) total[k - kLeft] += value * d[o];
+        });
+      }
+    });
+  }
+};
+
+// Blocks of 8 and 4: one kernel row at a time, V channel vectors.
+template <int V, int B, int Dx>
+void add_pairs(float* const* sums, const Pair* pairs, int count, int dy, const float* grad, const float* x, int64_t channels, int64_t n) {
+  using C = Columns<B, Dx>;
+  for (int kh = most(0, dy * B - (B - 1) + kHalf); kh <= least(kSide - 1, dy * B + B - 1 + kHalf); ++kh) {
+    const int shift = kh - kHalf - dy * B;  // output row r meets the input block's row r + shift
+    const int top = most(0, -shift), bottom = least(B - 1, B - 1 - shift);
+    Vec<float> total[V * C::kCount];
+    const auto taps = [&](int v) CONVDIT_FLAT { return sums[v] + (kh * kSide + C::kLeft) * kFloats; };
+    unroll<V>([&]<int v>() CONVDIT_FLAT {
+      unroll<C::kCount>([&]<int k>() CONVDIT_FLAT { total[v * C::kCount + k] = load(taps(v) + k * kFloats); });
+    });
+    for (int i = 0; i < count; ++i) {
+      const float* g = grad + (int64_t{pairs[i].out} * B + top) * B * channels;
+      const float* in = x + (int64_t{pairs[i].in} * B + top + shift) * B * channels;
+      for (int r = top; r <= bottom; ++r, g += B * channels, in += B * channels)
+        unroll<V>([&]<int v>() CONVDIT_FLAT { C::add(total + v * C::kCount, g + v * kFloats, in + v * kFloats, channels, n); });
+    }
+    unroll<V>([&]<int v>() CONVDIT_FLAT {
+      unroll<C::kCount>([&]<int k>() CONVDIT_FLAT { store(taps(v) + k * kFloats, total[v * C::kCount + k]); });
+    });
+  }
+}
+
+// Blocks of 2: every tap that the offset (Dy, Dx) meets, at most 9, at once.
+template <int V, int Dy, int Dx>
+void add_pairs2(float* const* sums, const Pair* pairs, int count, const float* grad, const float* x, int64_t channels, int64_t n) {
+  constexpr int B = 2;
+  using R = Columns<B, Dy>;  // rows, by the same rule
+  using C = Columns<B, Dx>;
+  constexpr int kCount = R::kCount * C::kCount;
+  Vec<float> total[V * kCount];
+  const auto tap = [&](int v, int k) CONVDIT_FLAT { return sums[v] + ((R::kLeft + k / C::kCount) * kSide + C::kLeft + k % C::kCount) * kFloats; };
+  unroll<V>([&]<int v>() CONVDIT_FLAT { unroll<kCount>([&]<int k>() CONVDIT_FLAT { total[v * kCount + k] = load(tap(v, k)); }); });
+  for (int i = 0; i < count; ++i) {
+    const float* g = grad + int64_t{pairs[i].out} * B * B * channels;
+    const float* in = x + int64_t{pairs[i].in} * B * B * channels;
+    unroll<V>([&]<int v>() CONVDIT_FLAT {
+      unroll<B>([&]<int r>() CONVDIT_FLAT {
+        unroll<B>([&]<int s>() CONVDIT_FLAT {  // input row s meets output row r in kernel row
+          constexpr int kh = s + Dy * B - r + kHalf;
+          if constexpr (kh >= 0 && kh < kSide)
+            C::add(total + v * kCount + (kh - R::kLeft) * C::kCount, g + r * B * channels + v * kFloats, in + s * B * channels + v * kFloats, channels, n);
+        });
+      });
+    });
+  }
+  unroll<V>([&]<int v>() CONVDIT_FLAT { unroll<kCount>([&]<int k>() CONVDIT_FLAT { store(tap(v, k), total[v * kCount + k]); }); });
+}
+
+// A group of output blocks, and its pairs by the offset of their neighbours.
+template <int B>
+struct Group {
+  static constexpr int kRadius = (kHalf + B - 1) / B, kAround = 2 * kRadius + 1, kBlocks = B == 8 ? 2 : B == 4 ? 8 : 32;
+  Pair pairs[kAround * kAround][kBlocks];
+  int count[kAround * kAround];
+  int64_t first, blocks;
+
+  void list(const int32_t* neighbors, int64_t begin, int64_t end) {
+    first = begin, blocks = end - begin;
+    for (int k = 0; k < kAround * kAround; ++k) {
+      int c = 0;
+      for (int64_t block = begin; block < end; ++block) {
+        const int32_t q = neighbors[block * kAround * kAround + k];
+        if (q >= 0) pairs[k][c++] = {static_cast<int32_t>(block), q};
+      }
+      count[k] = c;
+    }
+  }
+};
+
+template <int V, int B>
+void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk, int64_t vector, int64_t n) {
+  using G = Group<B>;
+  const int64_t channels = w.p.channels;
+  const float *grad = w.grad + vector * kFloats, *x = w.x + vector * kFloats;
+  float* sums[V];
+  for (int v = 0; v < V; ++v) {
+    sums[v] = w.sums(chunk, vector + v);
+    add_bias_sums(sums[v] + kTaps * kFloats, grad + group.first * B * B * channels + v * kFloats, group.blocks * B * B, channels, n);
+  }
+  if constexpr (B == 2) {
+    unroll<G::kAround * G::kAround>([&]<int k>() CONVDIT_FLAT {
+      if (group.count[k] > 0)
+        add_pairs2<V, k / G::kAround - G::kRadius, k % G::kAround - G::kRadius>(sums, group.pairs[k], group.count[k], grad, x, channels, n);
+    });
+  } else {
+    for (int dy = -1; dy <= 1; ++dy)
+      unroll<3>([&]<int dx>() CONVDIT_FLAT {
+        const int k = (dy + 1) * 3 + dx;
+        if (group.count[k] > 0) add_pairs<V, B, dx - 1>(sums, group.pairs[k], group.count[k], dy, grad, x, channels, n);
+      });
+  }
+}
+
+constexpr int64_t kVectorsPerTask = 8;
+
+template <int B>
+void weight_grad_blocks(const WeightGrad<float>& w, const Runner& run) {
+  constexpr int V = kVectorRegisters >= 32 ? 2 : 1;
+  const int64_t blocks = w.p.blocks, per_chunk = (blocks + w.chunks - 1) / w.chunks;
+  const int64_t vectors = special_vectors(w.p.channels), full = w.p.channels / kFloats, ranges = (vectors + kVectorsPerTask - 1) / kVectorsPerTask;
+  run(w.chunks * ranges, [&](int64_t task) {
+    const int64_t chunk = task / ranges, first = task % ranges * kVectorsPerTask, end = least(first + kVectorsPerTask, vectors);
+    float* sums = w.sums(chunk, first);
+    for (int64_t i = 0; i < (end - first) * (kTaps + 1) * kFloats; ++i) sums[i] = 0;
+    const int64_t last = least((chunk + 1) * per_chunk, blocks);
+    Group<B> group;
+    for (int64_t block = chunk * per_chunk; block < last; block += Group<B>::kBlocks) {
+      group.list(w.p.neighbors, block, least(block + Group<B>::kBlocks, last));
+      int64_t vector = first;
+      for (; vector + V <= least(end, full); vector += V) add_group<V>(w, group, chunk, vector, kFloats);
+      for (; vector < end; ++vector) add_group<1>(w, group, chunk, vector, w.lanes_of(vector));
+    }
+  });
+}
+
+// ---- any kernel, any block: one kernel row a task, site by site ---------------------------------------------------
+constexpr int64_t kSitesPerGroup = 64;
+
+template <bool Full, int V, class A>
+void add_site_group(const WeightGrad<A>& w, const Pair (*pairs)[kSitesPerGroup], const int* count, int64_t chunk, int64_t ky, int64_t vector, int64_t n) {
+  const int64_t channels = w.p.channels, kernel = w.p.kernel;
+  const A *grad = w.grad + vector * lanes<A>, *x = w.x + vector * lanes<A>;
+  for (int64_t kx = 0; kx < kernel; ++kx) {
+    const auto sums = [&](int v) CONVDIT_FLAT { return w.sums(chunk, vector + v) + (ky * kernel + kx) * lanes<A>; };
+    Vec<A> total[V];
+    unroll<V>([&]<int v>() CONVDIT_FLAT { total[v] = load(sums(v)); });
+    for (int i = 0; i < count[kx]; ++i) {
+      const A *g = grad + pairs[kx][i].out * channels, *in = x + pairs[kx][i].in * channels;
+      unroll<V>([&]<int v>() CONVDIT_FLAT { total[v] += load_lanes<Full>(g + v * lanes<A>, n) * load_lanes<Full>(in + v * lanes<A>, n); });
+    }
+    unroll<V>([&]<int v>() CONVDIT_FLAT { store(sums(v), total[v]); });
+  }
+}
+
+// The channel vectors from `begin` on.
+template <class A>
+void weight_grad_sites(const WeightGrad<A>& w, int64_t begin, const Runner& run) {
+  constexpr int V = 4;
+  const int64_t kernel = w.p.kernel, half = kernel / 2, block = w.p.block, area = block * block, taps = kernel * kernel;
+  const int64_t radius = (half + block - 1) / block, around = (2 * radius + 1) * (2 * radius + 1);
+  const int64_t channels = w.p.channels, full = channels / lanes<A>, per_chunk = (w.p.blocks + w.chunks - 1) / w.chunks * area;
+  if (begin == w.vectors) return;
+  run(w.chunks * kernel, [&](int64_t task) {
+    const int64_t chunk = task / kernel, ky = task % kernel;
+    const int64_t top = least(chunk * per_chunk, w.p.blocks * area), bottom = least(top + per_chunk, w.p.blocks * area);
+    for (int64_t vector = begin; vector < w.vectors; ++vector) {
+      A* sums = w.sums(chunk, vector) + ky * kernel * lanes<A>;
+      for (int64_t i = 0; i < kernel * lanes<A>; ++i) sums[i] = 0;
+    }
+    Pair pairs[kSparseDepthwiseMaxKernel][kSitesPerGroup];
+    int count[kSparseDepthwiseMaxKernel];
+    for (int64_t first = top; first < bottom; first += kSitesPerGroup) {
+      for (int64_t kx = 0; kx < kernel; ++kx) {
+        int c = 0;
+        for (int64_t row = first; row < least(first + kSitesPerGroup, bottom); ++row) {
+          const int32_t* table = w.p.neighbors + row / area * around;
+          const int32_t q = block == 1 ? table[ky * kernel + kx]
+                                       : neighbor_site(table, block, radius, row / block % block + ky - half, row % block + kx - half);
+          if (q >= 0) pairs[kx][c++] = {static_cast<int32_t>(row), q};
+        }
+        count[kx] = c;
+      }
+      int64_t vector = begin;
+      for (; vector + V <= full; vector += V) add_site_group<true, V>(w, pairs, count, chunk, ky, vector, lanes<A>);
+      for (; vector < full; ++vector) add_site_group<true, 1>(w, pairs, count, chunk, ky, vector, lanes<A>);
+      if (vector < w.vectors) add_site_group<false, 1>(w, pairs, count, chunk, ky, vector, w.lanes_of(vector));
+    }
+    for (int64_t vector = begin; vector < w.vectors && ky == 0; ++vector) {
+      A* sums = w.sums(chunk, vector) + taps * lanes<A>;
+      store(sums, Vec<A>{});
+      add_bias_sums(sums, w.grad + top * channels + vector * lanes<A>, bottom - top, channels, w.lanes_of(vector));
+    }
+  });
+}
+
+// The chunks' sums, added up in order, to (C, taps) and (C,).
+template <class A>
+void add_chunks(const WeightGrad<A>& w, const Runner& run) {
+  const int64_t taps = w.p.kernel * w.p.kernel;
+  run(w.vectors, [&](int64_t vector) {
+    const int64_t channel = vector * lanes<A>, n = w.lanes_of(vector);
+    A* weight = static_cast<A*>(w.p.grad_weight) + channel * taps;
+    for (int64_t tap = 0; tap <= taps; ++tap) {
+      Vec<A> total = load(w.sums(0, vector) + tap * lanes<A>);
+      for (int64_t chunk = 1; chunk < w.chunks; ++chunk) total += load(w.sums(chunk, vector) + tap * lanes<A>);
+      if (tap == taps) store(static_cast<A*>(w.p.grad_bias) + channel, total, n);
+      else
+        for (int64_t lane = 0; lane < n; ++lane) weight[lane * taps + tap] = total[lane];
+    }
+  });
+}
+
+template <class A>
+void weight_grad(const SparseDepthwiseWeightGrad& p, const A* grad, const A* x, const Runner& run) {
+  const WeightGrad<A> w{p, grad, x, sparse_depthwise_chunks(p.blocks, p.block), vectors_of<A>(p.channels)};
+  int64_t done = 0;  // channel vectors
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (p.kernel == kSide && (p.block == 8 || p.block == 4 || p.block == 2)) {
+      done = special_vectors(p.channels);
+      if (p.block == 8) weight_grad_blocks<8>(w, run);
+      if (p.block == 4) weight_grad_blocks<4>(w, run);
+      if (p.block == 2) weight_grad_blocks<2>(w, run);
+    }
+  }
+  weight_grad_sites(w, done, run);
+  add_chunks(w, run);
+}
+
+}  // namespace
+}  // namespace convdit::CONVDIT_LEVEL
