@@ -8,6 +8,7 @@ from typing import Any
 # These may change when a run resumes: the weights do not depend on them.
 FREE = ("save_every", "log_every", "workers", "cpu")
 AUGMENTATIONS = ("auto", "none", "shift", "crop")
+_PRECISIONS = ("no", "bf16", "fp16")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -41,7 +42,7 @@ class LoopOptions:
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
     augment: str = option("auto", "shift for small pictures, crop for large", AUGMENTATIONS)
     accumulate: int = option(1, "parts in which a batch is computed, to save memory")
-    mixed_precision: str = option("no", "precision of the forward pass", ("no", "bf16", "fp16"))
+    mixed_precision: str | None = option(None, "of the forward pass (default: as accelerate launch says)", _PRECISIONS)
     seed: int = option(0, "seed of weights, order, masks and noise")
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of log.jsonl")
@@ -64,11 +65,13 @@ class LoopOptions:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         for name, allowed in (
-            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("mixed_precision", (None, *_PRECISIONS)),
             ("augment", AUGMENTATIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(filter(None, allowed))}, got {getattr(self, name)!r}"
+                )
         if self.batch_size % (self.accumulate * world):
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide into {self.accumulate} part(s) on {world} process(es)"
