@@ -17,26 +17,25 @@ from convdit.nn.convnext_block import ConvNeXtBlock
 from convdit.nn.layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm, check_scope
 from convdit.nn.resample import Downsample, Stem
 
-# depths, dims of each published size
-_V1 = {
-    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
-    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+# Of each size: blocks a stage, and channels of the first stage; each later one has twice as many.
+_SIZES = {
+    "atto": ((2, 2, 6, 2), 40),
+    "femto": ((2, 2, 6, 2), 48),
+    "pico": ((2, 2, 6, 2), 64),
+    "nano": ((2, 2, 8, 2), 80),
+    "tiny": ((3, 3, 9, 3), 96),
+    "small": ((3, 3, 27, 3), 96),
+    "base": ((3, 3, 27, 3), 128),
+    "large": ((3, 3, 27, 3), 192),
+    "xlarge": ((3, 3, 27, 3), 256),
+    "huge": ((3, 3, 27, 3), 352),
 }
-_V2 = {
-    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
-    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
-    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
-    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
-    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
-}
-VARIANTS = {f"convnext_{size}": (1, *shape) for size, shape in _V1.items()} | {
-    f"convnextv2_{size}": (2, *shape) for size, shape in _V2.items()
+# version, depths, dims of each name; a V2 of size xlarge was never published
+VARIANTS = {
+    f"{family}_{size}": (version, depths, tuple(dim * 2**i for i in range(4)))
+    for version, family in ((1, "convnext"), (2, "convnextv2"))
+    for size, (depths, dim) in _SIZES.items()
+    if (version, size) != (2, "xlarge")
 }
 
 

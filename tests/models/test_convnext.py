@@ -8,20 +8,27 @@ import torch
 from convdit import models
 from convdit.nn import DepthwiseConv2d
 
+# Those of timm where nobody published weights: convnextv2_small, convnext_huge.
 PUBLISHED = {
     "convnextv2_atto": 3_708_400,
     "convnextv2_femto": 5_233_240,
     "convnextv2_pico": 9_066_280,
     "convnextv2_nano": 15_623_800,
     "convnextv2_tiny": 28_635_496,
+    "convnextv2_small": 50_318_440,
     "convnextv2_base": 88_717_800,
     "convnextv2_large": 197_956_840,
     "convnextv2_huge": 660_289_640,
+    "convnext_atto": 3_695_520,
+    "convnext_femto": 5_217_784,
+    "convnext_pico": 9_045_672,
+    "convnext_nano": 15_593_560,
     "convnext_tiny": 28_589_128,
     "convnext_small": 50_223_688,
     "convnext_base": 88_591_464,
     "convnext_large": 197_767_336,
     "convnext_xlarge": 350_196_968,
+    "convnext_huge": 659_942_216,
 }
 
 
@@ -35,7 +42,11 @@ def small(version=2, **options):
     return model
 
 
-@pytest.mark.parametrize("name", models.list())
+def test_every_size_has_a_name_in_both_versions():
+    assert sorted(models.list()) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         model = models.create(name)
@@ -63,7 +74,7 @@ def from_timm(state_dict):
     return renamed
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto", "convnext_tiny"])
 def test_logits_features_and_gradients_equal_those_of_timm(name):
     timm = pytest.importorskip("timm", reason="timm is an optional package")
     torch.manual_seed(0)
