@@ -127,9 +127,7 @@ class GaussianDiffusion:
             vb = self.variational_bound(x0, x, t, predicted.detach(), sigma)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def variational_bound(
-        self, x0: Tensor, x: Tensor, t: Tensor, noise: Tensor, sigma: Tensor | None
-    ) -> Tensor:
+    def variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, noise: Tensor, sigma: Tensor | None) -> Tensor:
         """The bound's term of step t for each sample, (N,), in bits per dimension.
 
         For t = 0 the negative log-likelihood of x0, else the divergence of p(x_{t-1} | x_t) from
@@ -167,9 +165,7 @@ class GaussianDiffusion:
         model in eval mode first, or it may drop labels.
         """
         if sampler not in ("ddpm", "ddim") and not hasattr(sampler, "set_timesteps"):
-            raise ValueError(
-                f'sampler must be "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}'
-            )
+            raise ValueError(f'sampler must be "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}')
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in 0..1, got {eta}")
         if sampler == "ddpm" and eta:

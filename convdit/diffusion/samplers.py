@@ -63,9 +63,7 @@ def ddim(
     return x
 
 
-def ddim_inverse(
-    d: "GaussianDiffusion", denoise: Denoise, x: Tensor, refinements: int, progress: bool
-) -> Tensor:
+def ddim_inverse(d: "GaussianDiffusion", denoise: Denoise, x: Tensor, refinements: int, progress: bool) -> Tensor:
     """The DDIM steps at eta 0 backwards.
 
     A step up wants the noise at its upper end, which is not known yet: it takes the noise at its
@@ -116,14 +114,10 @@ def _check_scheduler(d: "GaussianDiffusion", scheduler) -> None:
     name = type(scheduler).__name__
     kind = getattr(scheduler.config, "prediction_type", None)
     if kind != "epsilon":
-        raise ValueError(
-            f"the model predicts noise, {name} must have prediction_type 'epsilon', got {kind!r}"
-        )
+        raise ValueError(f"the model predicts noise, {name} must have prediction_type 'epsilon', got {kind!r}")
     theirs = getattr(scheduler, "alphas_cumprod", None)
     ours = np.cumprod(1 - d.base_betas)
-    if theirs is not None and (
-        len(theirs) != len(ours) or not np.allclose(np.asarray(theirs), ours, rtol=1e-3)
-    ):
+    if theirs is not None and (len(theirs) != len(ours) or not np.allclose(np.asarray(theirs), ours, rtol=1e-3)):
         raise ValueError(
             f"{name} was made for another noise schedule than this diffusion: give it the same "
             "num_train_timesteps, beta_schedule, beta_start and beta_end"

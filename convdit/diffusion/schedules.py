@@ -53,9 +53,7 @@ def respaced_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     except ValueError as error:
         if isinstance(error, _Impossible):
             raise
-        raise ValueError(
-            f'respacing must be like "250", "10,20,30" or "ddim50", got {respacing!r}'
-        ) from None
+        raise ValueError(f'respacing must be like "250", "10,20,30" or "ddim50", got {respacing!r}') from None
     return _by_section(steps, counts)
 
 
@@ -107,9 +105,7 @@ class Schedule:
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / noise
         # The variance is 0 at the first step, where its logarithm takes the value of the second.
         self.posterior_log_variance = np.log(
-            np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
-            if len(timesteps) > 1
-            else self.betas
+            np.append(self.posterior_variance[1:2], self.posterior_variance[1:]) if len(timesteps) > 1 else self.betas
         )
         self.posterior_x0 = self.betas * np.sqrt(self.alphas_cumprod_prev) / noise
         self.posterior_xt = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / noise

@@ -73,9 +73,7 @@ class ConvNeXt(nn.Module):
     ):
         super().__init__()
         if not depths or len(depths) != len(dims):
-            raise ValueError(
-                f"depths, dims: expected one of each a stage, got {tuple(depths)}, {tuple(dims)}"
-            )
+            raise ValueError(f"depths, dims: expected one of each a stage, got {tuple(depths)}, {tuple(dims)}")
         for name, size in (("in_chans", in_chans), ("stem_stride", stem_stride)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
@@ -192,9 +190,7 @@ class ConvNeXt(nn.Module):
         encoder = copy.copy(self)
         encoder.__dict__ = self.__dict__ | {
             "features_only": True,
-            "_modules": {
-                name: module for name, module in self._modules.items() if not _in_head(name)
-            },
+            "_modules": {name: module for name, module in self._modules.items() if not _in_head(name)},
         }
         return encoder
 
@@ -261,9 +257,7 @@ def init_weights(module: nn.Module) -> None:
 
 def check_images(name: str, images: Tensor, channels: int, smallest: int) -> None:
     if images.dim() != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"{name}: expected images of shape (N, {channels}, H, W), got {tuple(images.shape)}"
-        )
+        raise ValueError(f"{name}: expected images of shape (N, {channels}, H, W), got {tuple(images.shape)}")
     if min(images.shape[2:]) < smallest:
         raise ValueError(
             f"{name}: expected images of at least {smallest}x{smallest} pixels, the stride of "

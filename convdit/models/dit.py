@@ -64,9 +64,7 @@ class DiT(nn.Module):
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height % patch_size or width % patch_size or height < 1 or width < 1:
-            raise ValueError(
-                f"input_size must be a multiple of patch_size {patch_size}, got {input_size}"
-            )
+            raise ValueError(f"input_size must be a multiple of patch_size {patch_size}, got {input_size}")
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must be in 0..1, got {class_dropout_prob}")
         self.input_size = (height, width)
@@ -89,9 +87,7 @@ class DiT(nn.Module):
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, hence a buffer; it is in the state_dict, as in the public code.
         self.register_buffer("pos_embed", torch.empty(1, math.prod(self.grid), hidden_size))
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio, conditioning) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, conditioning) for _ in range(depth))
         modulated = MODULATION_ROWS[conditioning] > 0
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, modulated)
         self.reset_parameters()
@@ -123,9 +119,7 @@ class DiT(nn.Module):
             state_dict[prefix + "pos_embed"] = table[None].to(self.pos_embed.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
         """The predicted noise, (N, C, H, W); (N, 2C, H, W) with the variance where it is learned.
 
         x is (N, C, H, W) and is taken in the dtype of the weights; t (N,) holds timesteps. y holds
@@ -151,9 +145,7 @@ class DiT(nn.Module):
             stream = ResidualStream(stream.total()[:, : self.pos_embed.shape[1]])
         return self.unpatchify(self.final_layer(stream, c))
 
-    def condition(
-        self, t: Tensor, y: Tensor | None, y_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def condition(self, t: Tensor, y: Tensor | None, y_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the blocks are told: timestep + class (N, D), or both as tokens (N, S, D).
 
         The second value is the tokens' mask (N, S), where one was given.

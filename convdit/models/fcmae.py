@@ -86,8 +86,7 @@ class FCMAE(nn.Module):
         self.encoder.set_grn_scope(grn_scope)
         if patch_size != encoder.stride:
             raise ValueError(
-                f"patch_size: expected {encoder.stride}, the stride of the encoder's last stage, "
-                f"got {patch_size}"
+                f"patch_size: expected {encoder.stride}, the stride of the encoder's last stage, got {patch_size}"
             )
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
@@ -223,8 +222,7 @@ class FCMAE(nn.Module):
         p = self.patch_size
         if height < p or width < p or height % p or width % p:
             raise ValueError(
-                f"{name}: expected a height and a width that patches of {p}x{p} divide, "
-                f"got {height}x{width}"
+                f"{name}: expected a height and a width that patches of {p}x{p} divide, got {height}x{width}"
             )
         return height // p, width // p
 

@@ -38,10 +38,7 @@ class ModulationCache:
         y = None if self.labels is None else self.labels.repeat(steps)
         model._check_label(y, len(t))
         c, _ = model.condition(t, None if y is None else model.y_embedder.lookup(y))
-        self.tables = [
-            part.modulation(c).unflatten(0, (steps, labels))
-            for part in (*model.blocks, model.final_layer)
-        ]
+        self.tables = [part.modulation(c).unflatten(0, (steps, labels)) for part in (*model.blocks, model.final_layer)]
 
     @property
     def nbytes(self) -> int:

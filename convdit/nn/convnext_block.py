@@ -86,9 +86,7 @@ class ConvNeXtBlock(nn.Module):
         if isinstance(x, SparseTensor2d):
             return self.norm(self.dwconv(x)).features
         conv, norm = self.dwconv, self.norm
-        return ops.depthwise_conv2d_layer_norm(
-            x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps
-        )
+        return ops.depthwise_conv2d_layer_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
 
     def _activate(self, y: Tensor, sites: ActiveSites | None, visible: Tensor | None) -> Tensor:
         if self.version == 1:

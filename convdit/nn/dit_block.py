@@ -45,9 +45,7 @@ class ResidualStream(NamedTuple):
         if self.gate is None:
             x = self.total()
             return x, ops.layer_norm_modulate(x, shift, scale, EPS)
-        return ops.gated_residual_layer_norm_modulate(
-            self.x, self.branch, self.gate, shift, scale, EPS
-        )
+        return ops.gated_residual_layer_norm_modulate(self.x, self.branch, self.gate, shift, scale, EPS)
 
 
 class Attention(nn.Module):
@@ -76,8 +74,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (self.q(x), self.k(tokens), self.v(tokens))
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(tokens), self.v(tokens))
         )
         keep = None if mask is None else mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
@@ -119,18 +116,14 @@ class DiTBlock(nn.Module):
         if conditioning not in MODULATION_ROWS:
             raise ValueError(f"conditioning must be one of {CONDITIONINGS}, got {conditioning!r}")
         if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
-            )
+            raise ValueError(f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}")
         self.conditioning = conditioning
         self.hidden_size = hidden_size
         rows = MODULATION_ROWS[conditioning]
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         if rows:
-            self.adaLN_modulation = nn.Sequential(
-                nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size)
-            )
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size))
             self.zero_modulation()
             return
         self.norm1 = nn.LayerNorm(hidden_size, eps=EPS)
@@ -184,18 +177,14 @@ class DiTBlock(nn.Module):
         x, normed = ResidualStream(x, self.attn(normed), gate1).norm_modulate(shift2, scale2)
         return ResidualStream(x, self.mlp(normed), gate2)
 
-    def _plain(
-        self, stream: ResidualStream, tokens: Tensor | None, mask: Tensor | None
-    ) -> ResidualStream:
+    def _plain(self, stream: ResidualStream, tokens: Tensor | None, mask: Tensor | None) -> ResidualStream:
         x = stream.total()
         x = x + self.attn(self.norm1(x))
         if self.conditioning == "cross_attention":
             x = x + self.cross_attn(self.norm_cross(x), tokens, mask)
         return ResidualStream(x, self.mlp(self.norm2(x)))
 
-    def _check(
-        self, x: Tensor, c: Tensor | None, mask: Tensor | None, modulation: Tensor | None
-    ) -> None:
+    def _check(self, x: Tensor, c: Tensor | None, mask: Tensor | None, modulation: Tensor | None) -> None:
         width, rows = self.hidden_size, MODULATION_ROWS[self.conditioning]
         if x.ndim != 3 or x.shape[2] != width:
             raise ValueError(f"x must be (B, T, {width}), got {tuple(x.shape)}")

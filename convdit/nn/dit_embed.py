@@ -50,9 +50,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
         super().__init__()
         self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
     def features(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
@@ -96,17 +94,13 @@ class LabelEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     """The last norm, modulated or with weights of its own, and the projection to pixels."""
 
-    def __init__(
-        self, hidden_size: int, patch_size: int, out_channels: int, modulated: bool
-    ) -> None:
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, modulated: bool) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.modulated = modulated
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         if modulated:
-            self.adaLN_modulation = nn.Sequential(
-                nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)
-            )
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         else:
             self.norm_final = nn.LayerNorm(hidden_size, eps=EPS)
 
@@ -114,9 +108,7 @@ class FinalLayer(nn.Module):
         """c (B, D) to (B, 2, D): shift and scale."""
         return self.adaLN_modulation(c).unflatten(-1, (2, self.hidden_size))
 
-    def forward(
-        self, stream: ResidualStream, c: Tensor | None = None, modulation: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, stream: ResidualStream, c: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
         """The stream (B, T, D) to (B, T, p*p*C), modulated by c (B, D) or by what it would give."""
         if not self.modulated:
             return self.linear(self.norm_final(stream.total()))

@@ -43,9 +43,7 @@ class DepthwiseConv2d(nn.Module):
             raise ValueError(f"kernel_size: expected an odd size from 3 to 31, got {kernel_size}")
         self.dim = dim
         self.kernel_size = kernel_size
-        self.weight = nn.Parameter(
-            torch.empty(dim, 1, kernel_size, kernel_size, device=device, dtype=dtype)
-        )
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -56,9 +54,7 @@ class DepthwiseConv2d(nn.Module):
 
     def forward(self, x: Map) -> Map:
         if isinstance(x, SparseTensor2d):
-            return x.replace(
-                ops.sparse_depthwise_conv2d(x.features, self.weight, self.bias, x.sites)
-            )
+            return x.replace(ops.sparse_depthwise_conv2d(x.features, self.weight, self.bias, x.sites))
         return ops.depthwise_conv2d(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -137,9 +133,7 @@ def check_scope(name: str, scope: str) -> None:
         raise ValueError(f'{name}: expected "sample" or "batch", got {scope!r}')
 
 
-def drop_path(
-    values: Tensor, rate: float, training: bool, sites: ActiveSites | None = None
-) -> Tensor:
+def drop_path(values: Tensor, rate: float, training: bool, sites: ActiveSites | None = None) -> Tensor:
     """Stochastic depth (arXiv:1603.09382): zero a branch for whole images, scale up the others.
 
     values is (N, H, W, C), or (M, C) with the M sites.

@@ -100,9 +100,7 @@ def test_logits_features_and_gradients_equal_those_of_timm(name):
 
 def test_initial_weights_are_the_official_ones():
     torch.manual_seed(0)
-    model = models.create(
-        "convnext_tiny", depths=(1, 1), dims=(32, 64), num_classes=50, head_init_scale=0.5
-    )
+    model = models.create("convnext_tiny", depths=(1, 1), dims=(32, 64), num_classes=50, head_init_scale=0.5)
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, DepthwiseConv2d)):
             expected = 0.01 if name == "head" else 0.02
@@ -127,9 +125,7 @@ def test_intermediates_are_one_nchw_map_a_stage(version):
     assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 12), (2, 12, 4, 6)]
     normed = model.forward_intermediates(images, norm=True)
     assert normed[0].equal(maps[0])
-    torch.testing.assert_close(
-        normed[1], model.norm(maps[1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    )
+    torch.testing.assert_close(normed[1], model.norm(maps[1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
     features = model.forward_features(images)
     torch.testing.assert_close(features, model.norm(maps[1].mean((2, 3))))
     torch.testing.assert_close(model(images), model.head(features))
