@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convdit import ops
+from convdit._checks import check_tensor, check_whole
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 Map = Tensor | SparseTensor2d
@@ -39,7 +40,9 @@ class DepthwiseConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if kernel_size % 2 == 0 or not 3 <= kernel_size <= 31:
+        check_whole("dim", dim, 1)
+        check_whole("kernel_size", kernel_size, 3)
+        if kernel_size % 2 == 0 or kernel_size > 31:
             raise ValueError(f"kernel_size: expected an odd size from 3 to 31, got {kernel_size}")
         self.dim = dim
         self.kernel_size = kernel_size
@@ -71,11 +74,13 @@ class LayerNorm(nn.LayerNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_whole("dim", dim, 1)
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: Map) -> Map:
         if isinstance(x, SparseTensor2d):
             return x.replace(super().forward(x.features))
+        check_tensor("x", x)
         return super().forward(x)
 
 
@@ -100,6 +105,7 @@ class GlobalResponseNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_whole("dim", dim, 1)
         check_scope("scope", scope)
         self.eps = eps
         self.scope = scope
