@@ -95,7 +95,7 @@ class GaussianDiffusion:
         expected = (x.shape[0], channels, *x.shape[2:])
         if tuple(out.shape) != expected:
             raise ValueError(
-                f"the model must return {expected} for x {tuple(x.shape)} with "
+                f"model: expected it to return {expected} for x {tuple(x.shape)} with "
                 f"learn_sigma={self.learn_sigma}, got {tuple(out.shape)}"
             )
         out = out.to(x.dtype)
@@ -180,7 +180,9 @@ class GaussianDiffusion:
         if sampler == "ddim":
             return samplers.ddim(self, denoise, x, eta, clip_denoised, generator, progress)
         if clip_denoised:
-            raise ValueError("clip_denoised: a diffusers scheduler is told so when it is made")
+            raise ValueError(
+                "clip_denoised: expected False for a diffusers scheduler, which is told so when it is made, got True"
+            )
         call = partial(model, **model_kwargs)
         return samplers.scheduled(self, call, x, sampler, eta, generator, progress)
 
@@ -209,15 +211,15 @@ class GaussianDiffusion:
 
 def _check_training(x0: Tensor, t: Tensor, noise: Tensor | None, steps: int) -> None:
     if not x0.is_floating_point():
-        raise TypeError(f"x0 must have a floating dtype, got {x0.dtype}")
+        raise TypeError(f"x0: expected a floating dtype, got {x0.dtype}")
     if t.is_floating_point() or t.dtype == torch.bool:
-        raise TypeError(f"t must hold whole step indices, got {t.dtype}")
+        raise TypeError(f"t: expected whole step indices, got {t.dtype}")
     if tuple(t.shape) != (len(x0),):
-        raise ValueError(f"t must be (N,) = ({len(x0)},), got {tuple(t.shape)}")
+        raise ValueError(f"t: expected shape (N,) = ({len(x0)},), got {tuple(t.shape)}")
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < steps:
-        raise ValueError(f"t must be in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
+        raise ValueError(f"t: expected steps in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
     if noise is not None and noise.shape != x0.shape:
-        raise ValueError(f"noise must be {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
+        raise ValueError(f"noise: expected shape {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit import ops
+from convdit._checks import check_tensor, check_whole
 
 EPS = 1e-6
 
@@ -114,9 +115,11 @@ class DiTBlock(nn.Module):
     ) -> None:
         super().__init__()
         if conditioning not in MODULATION_ROWS:
-            raise ValueError(f"conditioning must be one of {CONDITIONINGS}, got {conditioning!r}")
-        if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}")
+            raise ValueError(f"conditioning: expected one of {CONDITIONINGS}, got {conditioning!r}")
+        check_whole("hidden_size", hidden_size, 1)
+        check_whole("num_heads", num_heads, 1)
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size: expected a multiple of num_heads {num_heads}, got {hidden_size}")
         self.conditioning = conditioning
         self.hidden_size = hidden_size
         rows = MODULATION_ROWS[conditioning]
@@ -186,8 +189,9 @@ class DiTBlock(nn.Module):
 
     def _check(self, x: Tensor, c: Tensor | None, mask: Tensor | None, modulation: Tensor | None) -> None:
         width, rows = self.hidden_size, MODULATION_ROWS[self.conditioning]
+        check_tensor("x", x)
         if x.ndim != 3 or x.shape[2] != width:
-            raise ValueError(f"x must be (B, T, {width}), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (B, T, {width}), got {tuple(x.shape)}")
         batch = x.shape[0]
         if rows and modulation is not None:
             _check_shape("modulation", modulation, (batch, rows, width))
@@ -198,16 +202,19 @@ class DiTBlock(nn.Module):
         if mask is None:
             return
         if self.conditioning != "cross_attention":
-            raise ValueError(f"mask is for cross_attention, not for {self.conditioning}")
+            raise ValueError(f"mask: expected None for conditioning {self.conditioning!r}, got a mask")
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean, True = attend, got {mask.dtype}")
+            raise TypeError(f"mask: expected dtype torch.bool, True = attend, got {mask.dtype}")
         _check_shape("mask", mask, (batch, c.shape[1]))
 
 
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
+    if tensor is not None:
+        check_tensor(name, tensor)
     got = () if tensor is None else tuple(tensor.shape)
     same_rank = len(got) == len(expected)
     if same_rank and all(e in (None, g) for e, g in zip(expected, got, strict=True)):
         return
     wanted = ", ".join("S" if e is None else str(e) for e in expected)
-    raise ValueError(f"{name} must be ({wanted}) here, got {None if tensor is None else got}")
+    raise ValueError(f"{name}: expected shape ({wanted}), got {None if tensor is None else got}")

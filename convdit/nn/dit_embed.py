@@ -19,7 +19,7 @@ def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
     each as [sin | cos] of position / 10000^(i / (dim / 4)).
     """
     if dim % 4:
-        raise ValueError(f"hidden_size must be a multiple of 4 for the sin-cos table, got {dim}")
+        raise ValueError(f"hidden_size: expected a multiple of 4 for the sin-cos table, got {dim}")
     rows, columns = grid
     steps = torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4)
 
@@ -88,7 +88,7 @@ class LabelEmbedder(nn.Module):
             return self.embedding_table(labels)
         except IndexError as error:
             last = self.embedding_table.num_embeddings - 1
-            raise ValueError(f"y: labels must be in 0..{last}, got {labels.tolist()}") from error
+            raise ValueError(f"y: expected labels in 0..{last}, got {labels.tolist()}") from error
 
 
 class FinalLayer(nn.Module):
