@@ -13,8 +13,8 @@
 namespace convdit {
 namespace {
 
-// Small images go through together, until their hidden tensor has about this size: a product with few rows is slow.
-constexpr int64_t kHiddenBytes = 4 << 20;
+// Small images go through together, as many as have this many sites: a product with few rows is slow.
+constexpr int64_t kSites = 800;
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
@@ -144,8 +144,8 @@ Tensor convnext_block_fwd(const Tensor& x, const Tensor& dwconv_weight, const st
   if (x.numel() == 0) return allocate_like(x);
   if (!b.bias1) b.bias1 = allocate_zeros({hidden}, accumulate_dtype(x), x);  // the folding form of GRN takes one
   b.x = dense(x), b.channels = channels, b.hidden = hidden, b.sites = x.size(1) * x.size(2);
-  const int64_t image_bytes = b.sites * hidden * static_cast<int64_t>(pwconv1_weight.element_size());
-  b.images = std::clamp<int64_t>(image_bytes > 0 ? kHiddenBytes / image_bytes : x.size(0), 1, x.size(0));
+  const int64_t fitting = std::max<int64_t>(kSites / b.sites, 1), parts = (x.size(0) + fitting - 1) / fitting;
+  b.images = (x.size(0) + parts - 1) / parts;
   b.fold = b.images == 1 && b.sites > channels;  // else scaling the hidden tensor is less work than scaling the weight
   b.allocate_scratch();
   b.run();
