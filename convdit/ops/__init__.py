@@ -4,6 +4,7 @@ from convdit import _library as _library  # loads the compiled operators, or rai
 
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import adaln_zero_attention, packed_attention
+from .convnext_block import convnext_block
 from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
 from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
 from .sites import neighbors
@@ -11,6 +12,7 @@ from .sparse_depthwise_conv import sparse_depthwise_conv2d
 
 __all__ = [
     "adaln_zero_attention",
+    "convnext_block",
     "depthwise_conv2d",
     "depthwise_conv2d_layer_norm",
     "gated_residual",

@@ -56,6 +56,8 @@ def parameter(name: str, value: Tensor, x: Tensor) -> Tensor:
 
 def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device, as PyTorch treats a convolution's input."""
+    if x.is_meta:  # has no autocast
+        return x
     if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALVES):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

@@ -12,7 +12,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from ._common import (
-    accumulate_dtype, autocast, check_floating, library, needs_grad, parameter, register_vmap,
+    accumulate_dtype,
+    autocast,
+    check_floating,
+    library,
+    needs_grad,
+    parameter,
+    register_vmap,
 )
 
 
@@ -25,7 +31,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         bias: (C,), as weight; or None.
 
     Returns:
-        (N, H, W, C) in x's dtype (under autocast, in autocast's), contiguous. Sums are taken in float32 (float64 for float64).
+        (N, H, W, C) in x's dtype (under autocast, in autocast's), contiguous. Sums are taken in float32, or float64.
 
     Raises:
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
@@ -101,7 +107,9 @@ class _DepthwiseConv2d(torch.autograd.Function):
         return _conv_gradients(grad, x, weight, ctx.needs_input_grad)
 
 
-def _conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, needed) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needed
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each only where it is needed."""
     grad_x = library.depthwise_conv2d_bwd_input(grad, weight) if needed[0] else None
     grad_weight = grad_bias = None
@@ -128,13 +136,13 @@ def depthwise_conv2d_layer_norm(
         eps: added to the biased variance, inside the root.
 
     Returns:
-        (N, H, W, C) in x's dtype (under autocast, in autocast's), contiguous. Without gradients no other map is written;
-        with them, the convolution's output is kept for the backward.
+        (N, H, W, C) in x's dtype (under autocast, in autocast's), contiguous. Without gradients no other map is
+        written; with them, the convolution's output is kept for the backward.
 
     Raises:
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
 
-    Matches ``F.layer_norm(depthwise_conv2d(x, weight, bias), (C,), ln_weight, ln_bias, eps)``, the head of a ConvNeXt block.
+    Matches ``F.layer_norm(depthwise_conv2d(x, weight, bias), (C,), ln_weight, ln_bias, eps)``.
     """
     check_floating("x", x)
     x = autocast(x)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from .build import encoder_part
-from .options import DataOptions
+from .build import convnext_config, encoder_part
+from .options import DataOptions, ModelOptions
 from .runs import WEIGHTS, Run, RunError, read_weights, save_weights, write_json
 from .transforms import Normalise
 
@@ -33,11 +33,16 @@ def initial_encoder(source: str) -> tuple[dict[str, Tensor], dict | None]:
     return encoder_part(state), config
 
 
-def encoder_config(config: dict | None) -> dict[str, Any] | None:
-    """The ConvNeXt arguments in a configuration of ours."""
-    if config is None:
-        return None
-    return config["model"]["encoder"] if config["task"] == "pretrain" else config["model"]
+def convnext_of(source: dict | None, options: ModelOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The ConvNeXt arguments: those of the run that the weights come from, else those of the options."""
+    if source is None:
+        return convnext_config(options, image_shape)
+    config = source["model"]["encoder"] if source["task"] == "pretrain" else source["model"]
+    if config["in_chans"] != image_shape[0]:
+        raise RunError(
+            f"channels: the weights of init are for {config['in_chans']}, the pictures have {image_shape[0]}"
+        )
+    return config
 
 
 def normalisation(config: dict | None, train: data.ImageDataset) -> Normalise:

@@ -42,7 +42,13 @@ class DemoSettings:
             pretrain={"steps": 60, "lr": 1.5e-3, "mask_ratio": 0.6, "batch_size": 32},
             finetune={"steps": 15, "batch_size": 50},
             judge={"steps": 40},
-            dit={"steps": 100, "lr": 1.5e-3, "latent": False, "label_init_std": 0.3, "batch_size": 32},
+            dit={
+                "steps": 100,
+                "lr": 1.5e-3,
+                "latent": False,
+                "label_init_std": 0.3,
+                "batch_size": 32,
+            },
             samples=10,
             sampling_steps=10,
             timing_rounds=3,
@@ -82,7 +88,12 @@ def demo(
     settings: DemoSettings | None = None,
 ) -> int:
     """Runs every stage and writes ``out/report.html``; goes on where an earlier call with ``out`` stopped."""
-    for module, package in (("matplotlib", None), ("PIL", "pillow"), ("accelerate", None), ("tqdm", None)):
+    for module, package in (
+        ("matplotlib", None),
+        ("PIL", "pillow"),
+        ("accelerate", None),
+        ("tqdm", None),
+    ):
         require(module, "the demo", package)
     settings = settings or (DemoSettings.quick() if quick else DemoSettings())
     settings.seed, settings.cpu = seed, cpu

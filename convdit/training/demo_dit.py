@@ -83,7 +83,10 @@ def _judged(settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str,
         measure(f"samples, guidance {guidance:g}", pictures, labels)
         by_class = pictures.unflatten(0, (len(classes), settings.samples))[shown, :10].flatten(0, 1)
         columns = min(10, settings.samples)
-        save_png(out / f"samples-guidance-{guidance:g}.png", grid(by_class, columns, zoom=max(1, 48 // real.shape[-1])))
+        save_png(
+            out / f"samples-guidance-{guidance:g}.png",
+            grid(by_class, columns, zoom=max(1, 48 // real.shape[-1])),
+        )
     measure("uniform noise", noise, labels)
     by_class = torch.cat([splits.test.batch((splits.test.labels == c).nonzero().flatten()[:10])[0] for c in shown])
     save_png(out / "real.png", grid(by_class, 10, zoom=max(1, 48 // real.shape[-1])))

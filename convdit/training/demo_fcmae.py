@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import checkpoints, data
+from ..sparse import ActiveSites, SparseTensor2d
 from . import build
 from .evaluate import LinearProbe, accuracy, in_batches
 from .finetune import finetune, probe
@@ -35,13 +36,22 @@ def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) 
         model, normalise, _ = load_fcmae(trained)
         images, _ = splits.test.batch(torch.linspace(0, len(splits.test) - 1, 12).long())
         triples = reconstructions(model, normalise, images)
-        save_png(out / "reconstructions.png", grid(triples, columns=9, zoom=max(1, 64 // images.shape[-1])))
+        save_png(
+            out / "reconstructions.png",
+            grid(triples, columns=9, zoom=max(1, 64 // images.shape[-1])),
+        )
         hidden = _hidden_error(model, normalise, splits.test)
-        return {"parameters": sum(p.numel() for p in model.encoder.parameters()), **hidden}
+        return {
+            "parameters": sum(p.numel() for p in model.encoder.parameters()),
+            "norm_pix_loss": model.norm_pix_loss,
+            **hidden,
+        }
 
     results["pretrain"] = stages("pretrain", "FCMAE pre-training, sparse convolutions", stage_pretrain)
     results["convert"] = stages(
-        "convert", "conversion to a dense ConvNeXt V2", lambda: _convert(trained, out / "convnextv2_dense.safetensors")
+        "convert",
+        "conversion to a dense ConvNeXt V2",
+        lambda: _convert(trained, out / "convnextv2_dense.safetensors"),
     )
     results["steps"] = stages("steps", "step time, sparse and dense-masked", lambda: _step_times(trained, settings))
 
@@ -51,7 +61,12 @@ def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) 
             found[name] = [
                 probe(
                     ProbeOptions(
-                        **common, **settings.convnext, init=init, labels=settings.labels, label_seed=seed, seed=seed
+                        **common,
+                        **settings.convnext,
+                        init=init,
+                        labels=settings.labels,
+                        label_seed=seed,
+                        seed=seed,
                     )
                 )["accuracy"]
                 for seed in range(settings.seed, settings.seed + settings.repeats)
@@ -112,7 +127,13 @@ def _convert(trained: Path, out: Path) -> dict[str, Any]:
     images = torch.rand(4, config["model"]["encoder"]["in_chans"], side, side)
     nothing_hidden = torch.zeros(4, side // patch, side // patch, dtype=torch.bool)
     with torch.no_grad():
-        sparse_map = model.encode(images, nothing_hidden).dense().permute(0, 3, 1, 2)
+        sites = ActiveSites.from_patch_mask(nothing_hidden, patch // model.encoder.stem_stride)
+        stem, *downsamples = model.encoder.downsample_layers
+        first, *stages = model.encoder.stages
+        x = first(SparseTensor2d.from_dense(stem(images), sites))
+        for downsample, stage in zip(downsamples, stages, strict=True):
+            x = stage(downsample(x))
+        sparse_map = x.dense().permute(0, 3, 1, 2)
         dense_map = dense.forward_intermediates(images)[-1]
     there = checkpoints.convert(dense.state_dict(), "timm")
     back = checkpoints.convert(there, "convdit")

@@ -73,7 +73,8 @@ class _Trainer:
         # Copied before accelerate wraps the forward of the model for mixed precision.
         self.ema = moving_average(model, options.ema).to(accelerator.device) if options.ema else None
         optimizer = adamw(model, options.lr, options.weight_decay, options.beta2)
-        self.schedule = warmup_cosine(optimizer, options.warmup, options.steps)
+        warmup = options.steps // 20 if options.warmup is None else options.warmup
+        self.schedule = warmup_cosine(optimizer, warmup, options.steps)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.seconds = 0.0
 

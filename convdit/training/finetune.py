@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import data
 from . import build
-from .common import device_of, encoder_config, finish, initial_encoder, normalisation, open_data
+from .common import device_of, convnext_of, finish, initial_encoder, normalisation, open_data
 from .engine import start, train
 from .evaluate import LinearProbe, accuracy, in_batches, pooled_features
 from .options import FinetuneOptions, ProbeOptions, saved
@@ -25,7 +25,7 @@ def finetune(options: FinetuneOptions, out: str | Path, resume: bool = False) ->
     splits = open_data(options)
     training = chosen(splits.train, options.labels, options.label_seed)
     state, source = initial_encoder(options.init) if options.init else (None, None)
-    convnext = encoder_config(source) or build.convnext_config(options, training.image_shape)
+    convnext = convnext_of(source, options, training.image_shape)
     torch.manual_seed(options.seed)
     model = build.classifier(convnext, len(training.classes), options.drop_path)
     if state is not None:
@@ -63,7 +63,7 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
     splits = open_data(options)
     training = chosen(splits.train, options.labels, options.label_seed)
     state, source = initial_encoder(options.init) if options.init else (None, None)
-    convnext = encoder_config(source) or build.convnext_config(options, training.image_shape)
+    convnext = convnext_of(source, options, training.image_shape)
     torch.manual_seed(options.seed)
     model = build.encoder(convnext)
     if state is not None:

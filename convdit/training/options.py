@@ -8,6 +8,7 @@ from typing import Any
 # These may change when a run resumes: the weights do not depend on them.
 FREE = ("save_every", "log_every", "workers", "cpu")
 AUGMENTATIONS = ("auto", "none", "shift", "crop")
+_PRECISIONS = ("no", "bf16", "fp16")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -36,12 +37,12 @@ class LoopOptions:
     lr: float = option(1e-3, "peak learning rate")
     weight_decay: float = option(0.05, "AdamW decay of matrices and kernels")
     beta2: float = option(0.95, "AdamW decay of the squared gradient")
-    warmup: int = option(50, "steps of linear warm-up, before the cosine")
+    warmup: int | None = option(None, "steps of linear warm-up (default: a twentieth of all)")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
     augment: str = option("auto", "shift for small pictures, crop for large", AUGMENTATIONS)
     accumulate: int = option(1, "parts in which a batch is computed, to save memory")
-    mixed_precision: str = option("no", "precision of the forward pass", ("no", "bf16", "fp16"))
+    mixed_precision: str | None = option(None, "of the forward pass (default: as accelerate launch says)", _PRECISIONS)
     seed: int = option(0, "seed of weights, order, masks and noise")
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of log.jsonl")
@@ -53,20 +54,24 @@ class LoopOptions:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "clip_grad", "weight_decay", "workers", "seed"):
+        for name in ("clip_grad", "weight_decay", "workers", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup: expected 0 to {self.steps} (steps), got {self.warmup}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
         for name in ("ema", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         for name, allowed in (
-            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("mixed_precision", (None, *_PRECISIONS)),
             ("augment", AUGMENTATIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(filter(None, allowed))}, got {getattr(self, name)!r}"
+                )
         if self.batch_size % (self.accumulate * world):
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide into {self.accumulate} part(s) on {world} process(es)"

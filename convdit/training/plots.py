@@ -20,7 +20,10 @@ def picture(path: Path, width: int | None = None) -> str:
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str, log: bool = False
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    log: bool = False,
 ) -> str:
     """An <img> of lines (x, y) by name."""
     figure, axes = _figure()

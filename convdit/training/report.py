@@ -81,79 +81,92 @@ def _head(settings: DemoSettings, splits: data.Splits, times: Mapping[str, Mappi
     info = build_info()
     total = sum(t["wall"] for t in times.values())
     shape = "×".join(map(str, splits.train.image_shape))
-    device = "CPU" if settings.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
+    on_gpu = torch.cuda.is_available() and not settings.cpu
+    caption = _caption(
+        f"convdit {info['version']}, PyTorch {torch.__version__}, "
+        f"{html.escape(torch.cuda.get_device_name() if on_gpu else platform.machine())}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"CPU level {info['cpu_level']}; {total:.0f} s in all."
+    )
     return f"""<h1>convdit demo</h1>
-<p>A ConvNeXt V2 pre-trained by FCMAE on sparse convolutions and fine-tuned with few labels; a diffusion transformer
-trained and sampled. All on <b>{html.escape(Path(settings.data).name)}</b>: {len(splits.train)} training and
-{len(splits.test)} held-out pictures of {len(splits.train.classes)} classes, {
-        shape
-    }; no test picture was trained on.</p>
-{
-        _caption(
-            f"convdit {info['version']}, PyTorch {torch.__version__}, {html.escape(platform.machine())}, "
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {html.escape(device)}, "
-            f"CPU level {info['cpu_level']}; {total:.0f} s in all."
-        )
-    }"""
+<p>A ConvNeXt V2 pre-trained by FCMAE on sparse convolutions and fine-tuned with few labels; a
+diffusion transformer trained and sampled. All on <b>{html.escape(Path(settings.data).name)}</b>:
+{len(splits.train)} training and {len(splits.test)} held-out pictures of {len(splits.train.classes)}
+classes, {shape}; no test picture was trained on.</p>
+{caption}"""
 
 
 def _pretraining(results: Mapping[str, Any], out: Path) -> str:
     found, steps, dense = results["pretrain"], results["steps"], results["convert"]
     log = _log_curve(out / "runs" / "pretrain", "loss")
-    faster = steps["dense"] / steps["sparse"]
-    exact = "bit-exactly" if dense["round_trip_exact"] else "<b>NOT exactly</b>"
+    exact = "bit for bit" if dense["round_trip_exact"] else "<b>NOT exactly</b>"
+    true_mean = (
+        "Each hidden patch is predicted up to its mean and deviation, which are taken from the "
+        "original, as in the paper. "
+        if found["norm_pix_loss"]
+        else ""
+    )
+    pictures = _caption(
+        "Held-out pictures in threes: original, what the encoder sees, what the model fills in. "
+        f"{true_mean}Mean squared error on hidden pixels: {found['hidden_error']:.4f}; filling each "
+        f"hidden patch with its true mean gives {found['hidden_error_patch_mean']:.4f}."
+    )
+    header = f"a training step, {steps['batch']} pictures, {steps['threads']} thread(s)"
+    times = table(
+        [header, "ms, median"],
+        [
+            ["sparse convolutions", 1e3 * steps["sparse"]],
+            ["dense convolutions on masked maps", 1e3 * steps["dense"]],
+        ],
+    )
+    ratio = _caption(
+        "Forward and backward, the same weights, masks and result, measured in turns: sparse takes "
+        f"{steps['sparse'] / steps['dense']:.2f} of the time of dense."
+    )
     return f"""<h2>1. FCMAE pre-training</h2>
-<p>Most patches of each picture are hidden; the encoder ({found["parameters"]:,} parameters) runs sparse convolutions
-on the visible ones, a small decoder paints the hidden ones. No label is used.</p>
+<p>Most patches of each picture are hidden; the encoder ({found["parameters"]:,} parameters) runs
+sparse convolutions on the visible ones, a small decoder paints the hidden ones. No label is
+used.</p>
 <div class='row'>{curves({"training loss": log}, "step", "loss on hidden patches")}
 {picture(out / "reconstructions.png", 560)}</div>
-{
-        _caption(
-            "Held-out pictures in threes: original, what the encoder sees, what the model fills in. Each hidden patch "
-            "is predicted up to its mean and deviation, which are taken from the original (as FCMAE does). Mean "
-            f"squared error on hidden pixels: {found['hidden_error']:.4f}; filling each patch with its true mean "
-            f"alone gives {found['hidden_error_patch_mean']:.4f}."
-        )
-    }
+{pictures}
 <h3>Sparse against dense-masked</h3>
-{
-        table(
-            ["a training step of %d pictures, %d thread(s)" % (steps["batch"], steps["threads"]), "ms, median"],
-            [["sparse convolutions", 1e3 * steps["sparse"]], ["dense on masked maps", 1e3 * steps["dense"]]],
-        )
-    }
-{_caption(f"Same weights, same masks, same result, measured in turns: sparse takes 1/{faster:.2f} of the time.")}
+{times}{ratio}
 <h3>Conversion</h3>
-<p>The {dense["tensors"]} tensors of the sparse encoder load strictly into a dense ConvNeXt V2. With nothing hidden the
-two differ by at most {dense["largest_difference"]:.1e} in values up to {
-        dense["largest_value"]:.2f}. To timm's names and
-back they come {exact}.</p>"""
+<p>The {dense["tensors"]} tensors of the sparse encoder load strictly into a dense ConvNeXt V2. With
+nothing hidden the two differ by at most {dense["largest_difference"]:.1e} in values up to
+{dense["largest_value"]:.2f}. To timm's names and back they come {exact}.</p>"""
 
 
 def _transfer(settings: DemoSettings, splits: data.Splits, results: Mapping[str, Any], out: Path) -> str:
     probe, tuned = results["probe"], results["finetune"]
-    names = {"pre-trained": "FCMAE pre-trained", "random weights": "random weights", "pixels": "raw pixels, no network"}
-    rows = []
-    for kind, found in (("linear probe", probe), ("fine-tuning", tuned)):
-        for key, values in found.items():
-            rows.append([kind, names[key], ", ".join(f"{v:.3f}" for v in values), _mean(values)])
-    chart = {f"{kind}\n{key}": found[key] for kind, found in (("probe", probe), ("fine-tune", tuned)) for key in found}
-    logs = {
-        name: _log_curve(out / "runs" / f"finetune-{name.split()[0]}-0", "loss")
-        for name in ("pre-trained", "random weights")
+    names = {
+        "pre-trained": "FCMAE pre-trained",
+        "random weights": "random weights",
+        "pixels": "raw pixels, no network",
     }
+    kinds = (("linear probe", probe), ("fine-tuning", tuned))
+    rows = [
+        [kind, names[key], ", ".join(f"{v:.3f}" for v in values), _mean(values)]
+        for kind, found in kinds
+        for key, values in found.items()
+    ]
+    chart = {f"{kind}\n{key}": found[key] for kind, found in kinds for key in found}
+    runs = {"pre-trained": "finetune-pre-trained-0", "random weights": "finetune-random-0"}
+    logs = {name: _log_curve(out / "runs" / run, "loss") for name, run in runs.items()}
+    caption = _caption(
+        f"Measured on {len(splits.test)} held-out pictures; a dot is a seed (another choice of "
+        "labels and, for random weights, other weights). The probe averages each feature over the "
+        "picture, which throws position away; raw pixels keep it, and are shown so that nobody "
+        "takes the probe for the best that can be done."
+    )
     return f"""<h2>2. What pre-training is worth, with {settings.labels} labels</h2>
-<p>The same encoder from pre-trained and from random weights: a linear classifier on its frozen, pooled features (probe),
-and all weights trained (fine-tuning), with the same {settings.labels} labels, settings and seeds.</p>
+<p>The same encoder from pre-trained and from random weights: a linear classifier on its frozen,
+pooled features (probe), and all weights trained (fine-tuning), with the same {settings.labels}
+labels, settings and seeds.</p>
 {table(["", "start", "held-out accuracy, by seed", "mean"], rows)}
 <div class='row'>{bars(chart, "held-out accuracy")}{curves(logs, "step", "fine-tuning loss")}</div>
-{
-        _caption(
-            f"Measured on {len(splits.test)} held-out pictures; a dot is a seed (another choice of labels and, for "
-            "random weights, other weights). The probe averages each feature over the picture, which throws position "
-            "away; raw pixels keep it, hence their row for honesty."
-        )
-    }"""
+{caption}"""
 
 
 def _diffusion(settings: DemoSettings, results: Mapping[str, Any], out: Path) -> str:
@@ -167,29 +180,26 @@ def _diffusion(settings: DemoSettings, results: Mapping[str, Any], out: Path) ->
             ("real.png", "held-out real pictures"),
         )
     )
+    caption = _caption(
+        "The judge is a classifier trained on the real training pictures (held-out accuracy "
+        f"{results['judge']['accuracy']:.3f}). Class accuracy: the share that it takes for the class "
+        "asked for. Fréchet distance: to the training pictures, in the judge's features. The rows of "
+        "held-out pictures and of noise say what is good and what is bad on this scale. It is not the "
+        "FID of publications, which uses another network. Guidance above 1 trades variety for clear "
+        "classes, which can raise the distance."
+    )
+    log = _log_curve(out / "runs" / "dit", "loss")
     return f"""<h2>3. A diffusion transformer</h2>
-<p>A DiT with adaLN-Zero ({results["dit"]["parameters"]:,} parameters), trained on {
-        space
-    } to remove noise given the class;
-sampled with {settings.sampling_steps} DDIM steps. One row of a grid is one class; nothing was picked by hand.</p>
+<p>A DiT with adaLN-Zero ({results["dit"]["parameters"]:,} parameters), trained on {space} to remove
+noise, given the class; sampled with {settings.sampling_steps} DDIM steps. A row of a grid is a class;
+nothing was picked by hand.</p>
 <div class='row'>{grids}</div>
 {table(["", "class accuracy", "Fréchet distance", "pictures"], rows)}
-{
-        _caption(
-            "The judge is a classifier trained on the real training pictures "
-            f"(held-out accuracy {results['judge']['accuracy']:.3f}): the share of samples that it takes for the class "
-            "asked for, and the Fréchet distance to the training pictures in its features. The rows of held-out "
-            "pictures and of noise say what is good and what is bad on this scale. It is not the FID of "
-            "publications, which uses another network; and a guidance above 1 trades variety for clear classes."
-        )
-    }
-<div class='row'>{
-        curves({"training loss": _log_curve(out / "runs" / "dit", "loss")}, "step", "loss", log=True)
-    }</div>"""
+{caption}
+<div class='row'>{curves({"training loss": log}, "step", "loss", log=True)}</div>"""
 
 
 def _times(times: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [[name, round(t["wall"], 1), round(t["process"], 1)] for name, t in times.items()]
-    rows.append(["all", *(round(sum(t[key] for t in times.values()), 1) for key in ("wall", "process"))])
-    body = table(["stage", "seconds", "of processor time"], [[n, f"{w:.1f}", f"{p:.1f}"] for n, w, p in rows])
-    return f"<h2>Time</h2>{body}"
+    rows = [[name, f"{t['wall']:.1f}", f"{t['process']:.1f}"] for name, t in times.items()]
+    totals = [f"{sum(t[key] for t in times.values()):.1f}" for key in ("wall", "process")]
+    return "<h2>Time</h2>" + table(["stage", "seconds", "of processor time"], [*rows, ["all", *totals]])

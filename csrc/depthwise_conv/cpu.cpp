@@ -1,7 +1,7 @@
-// CPU kernels of the depthwise convolution. Work goes plane by plane: the rows of one vector of channels pass through a ring
-// of K rows on the stack, [row][column][lanes] in the accumulate dtype with zeros around the map. Copying a value in
-// costs a fiftieth of what is then done with it, and settles borders, dtypes, channel tails, alignment and
-// power-of-two strides (which would put a whole tile into one cache set) before the inner kernels (tiles.h).
+// CPU kernels of the depthwise convolution. Work goes plane by plane, a plane being one vector of channels of one image, and
+// in it row by row. The inner kernels (tiles.h) read the map itself where they can: float32, K = 7, channels enough for a
+// vector. Elsewhere the rows pass through a ring of K rows on the stack, [row][column][lanes] in the accumulate dtype with
+// zeros around the map, which settles borders, dtypes and channel tails at a fiftieth of the work that is then done.
 #include "depthwise_conv/depthwise_conv.h"
 
 #include "common/simd.h"
@@ -46,106 +46,217 @@ void write_row(const accum_t<T>* from, int64_t step, int64_t columns, int64_t n,
     for (int64_t i = 0; i < columns; ++i) store(to + i * step, load(from + i * lanes<A>), n);
   }
 }
+// A column of a row is a cache line far from the next one: the hardware does not see the pattern.
+template <bool Write, class T>
+void prefetch_row(const T* row, int64_t step, int64_t columns) {
+  for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * step, Write, 3);
+}
 template <class A>
 void zero_row(int64_t columns, A* to) {
   for (int64_t i = 0; i < columns; ++i) store(to + i * lanes<A>, Vec<A>{});
 }
 
-// Calls body(h, columns, rows) for the rows `band` of one image's map, strip by strip; `rows` are the rows of x, channels `n`
-// from `x` on, under the kernel at row h, from the leftmost tap of the strip.
+// One strip of columns of the map, cut into tiles of equal width but for one.
+template <class A>
+struct Strip {
+  int64_t first, columns;  // of the map
+  int64_t left, right;     // columns under the kernel beyond the map's edges
+  int64_t tiles;
+  struct {
+    int64_t first, columns;  // of the strip
+    const Tiles<A>* kernels;
+  } tile[ceil_div(kStrip, kMaxTile)];
+};
+template <class A>
+Strip<A> make_strip(const Map& map, Range columns) {
+  const int64_t radius = map.kernel / 2;
+  Strip<A> s{columns.first, columns.last - columns.first, larger(0, radius - columns.first),
+             larger(0, columns.last + radius - map.width), ceil_div(columns.last - columns.first, kMaxTile), {}};
+  for (int64_t i = 0; i < s.tiles; ++i) {
+    const Range tile = part_of(s.columns, s.tiles, i);
+    const int side = (s.first + tile.first > 0 ? kHasLeft : 0) | (s.first + tile.last < map.width ? kHasRight : 0);
+    s.tile[i] = {tile.first, tile.last - tile.first, &tiles_for<A>(map.kernel, side)};
+  }
+  return s;
+}
+
+// The channels of one plane. The last plane of a map overlaps the one before it, so that it fills its vectors too; only a map
+// narrower than a vector has `lanes` below lanes<A>.
+struct Plane {
+  int64_t first, lanes;
+};
+template <class A>
+int64_t plane_count(int64_t channels) {
+  return ceil_div(channels, lanes<A>);
+}
+template <class A>
+Plane plane_channels(int64_t channels, int64_t plane) {
+  return {larger(0, smaller(plane * lanes<A>, channels - lanes<A>)), smaller(lanes<A>, channels)};
+}
+
+// Columns 4 KiB apart share a set of the first-level cache; a tile and its kernel rows then evict one another.
+template <class T>
+bool reads_map(const Map& map, Plane plane) {
+  using A = accum_t<T>;
+  return sizeof(T) == sizeof(A) && tiles_skip_edges<A>(map.kernel) && plane.lanes == lanes<A> &&
+         map.channels * static_cast<int64_t>(sizeof(T)) % 2048 != 0;
+}
+
+// Calls body(h, strip, rows, ahead) for the rows `band` of one image, strip by strip; x points to the first channel of the plane.
+// `rows` is what the kernel covers at row h; `ahead` is the strip's part of the next row of x, or null: to be prefetched.
 template <class T, class F>
-CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, int64_t n, const F& body) {
+CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plane, const F& body) {
   using A = accum_t<T>;
   alignas(kVectorBytes) A ring[kMaxKernel * (kStrip + kMaxKernel - 1) * lanes<A>];
-  const int64_t radius = map.kernel / 2, strips = ceil_div(map.width, kStrip);
-  for (int64_t s = 0; s < strips; ++s) {
-    const Range strip = part_of(map.width, strips, s);
-    const int64_t pitch = (strip.last - strip.first + 2 * radius) * lanes<A>;
-    const Range seen = {larger(0, strip.first - radius), smaller(map.width, strip.last + radius)};
-    const int64_t left = seen.first - (strip.first - radius), right = strip.last + radius - seen.last;
-    for (int64_t slot = 0; slot < map.kernel; ++slot) {
-      zero_row(left, ring + slot * pitch);
-      zero_row(right, ring + (slot + 1) * pitch - right * lanes<A>);
+  A* ring_rows[kMaxKernel];  // from the kernel's first row at row h
+  const A* x_rows[kMaxKernel];
+  const int64_t radius = map.kernel / 2, strips = ceil_div(map.width, kStrip), row_size = map.width * map.channels;
+  const bool direct = reads_map<T>(map, plane);
+  for (int64_t i = 0; i < strips; ++i) {
+    const Strip<A> strip = make_strip<A>(map, part_of(map.width, strips, i));
+    const int64_t width = strip.columns + 2 * radius, seen = width - strip.left - strip.right;
+    const T* column = x + (strip.first - radius + strip.left) * map.channels;  // the first that is seen
+    const auto read = [&](int64_t h, A* to) {
+      read_row(column + h * row_size, map.channels, seen, plane.lanes, to + strip.left * lanes<A>);
+    };
+    TileRows<A> rows{x_rows, direct ? map.channels : lanes<A>, 0, 0, 0, map.kernel};
+    if (!direct) {
+      for (int64_t k = 0; k < map.kernel; ++k) {
+        ring_rows[k] = ring + k * width * lanes<A>;
+        zero_row(strip.left, ring_rows[k]);
+        zero_row(strip.right, ring_rows[k] + (width - strip.right) * lanes<A>);
+      }
+      for (int64_t h = larger(0, band.first - radius); h < smaller(map.height, band.first + radius); ++h)
+        read(h, ring_rows[h - band.first + radius]);
     }
-    int64_t next = larger(0, band.first - radius);  // the next row of x to be read
     for (int64_t h = band.first; h < band.last; ++h) {
-      for (; next < smaller(map.height, h + radius + 1); ++next)
-        read_row(x + (next * map.width + seen.first) * map.channels, map.channels, seen.last - seen.first, n,
-                 ring + next % map.kernel * pitch + left * lanes<A>);
-      const A* rows[kMaxKernel];
-      TileRows<A> t{rows, 0, larger(0, radius - h), smaller(map.kernel, map.height + radius - h), map.kernel};
-      for (int64_t i = t.first; i < t.last; ++i) rows[i] = ring + (h + i - radius) % map.kernel * pitch;
-      body(h, strip, t);
+      rows.first = larger(0, radius - h), rows.last = smaller(map.kernel, map.height + radius - h);
+      if (!direct) {
+        if (h + radius < map.height) read(h + radius, ring_rows[map.kernel - 1]);
+        for (int64_t k = 0; k < map.kernel; ++k) x_rows[k] = ring_rows[k];
+        for (int64_t k = 1; k < map.kernel; ++k) ring_rows[k - 1] = ring_rows[k];
+        ring_rows[map.kernel - 1] = const_cast<A*>(x_rows[0]);
+      } else if constexpr (sizeof(T) == sizeof(A)) {
+        const T* first = x + (h - radius) * row_size + (strip.first - radius) * map.channels;
+        for (int64_t k = rows.first; k < rows.last; ++k) x_rows[k] = first + k * row_size;
+      }
+      const int64_t next = h + radius + 1;
+      body(h, strip, rows, next < map.height ? x + next * row_size + strip.first * map.channels : nullptr);
     }
   }
 }
 
-// Calls body(columns, offset from the strip's first, sides) for the tiles of a strip.
-template <class F>
-CONVDIT_INLINE void for_each_tile(const Map& map, Range strip, const F& body) {
-  const int64_t width = strip.last - strip.first, tiles = ceil_div(width, kMaxTile);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const Range tile = part_of(width, tiles, i);
-    const int side = (strip.first + tile.first > 0 ? kHasLeft : 0) | (strip.first + tile.last < map.width ? kHasRight : 0);
-    body(tile.last - tile.first, tile.first, side);
+// ---- weights between (channels, taps) and (taps, lanes) ------------------------------------------------------------
+// Transposes the square of lanes<A> rows: at each step, the two off-diagonal quarters of every square of 2 * Step swap.
+template <class V>
+CONVDIT_INLINE void transpose(V* rows) {
+  constexpr int n = static_cast<int>(sizeof(V) / sizeof(rows[0][0]));
+  const auto step = [&]<int Step>() __attribute__((always_inline)) {
+    unroll<n>(CONVDIT_UNROLLED(I) {
+      if constexpr ((I & Step) == 0) {
+        const V a = rows[I], b = rows[I + Step];
+        const auto pick = [&]<int... L>(std::integer_sequence<int, L...>) __attribute__((always_inline)) {
+          rows[I] = __builtin_shufflevector(a, b, (L & Step ? n + L - Step : L)...);
+          rows[I + Step] = __builtin_shufflevector(a, b, (L & Step ? n + L : L + Step)...);
+        };
+        pick(std::make_integer_sequence<int, n>{});
+      }
+    });
+  };
+  step.template operator()<1>();
+  if constexpr (n > 2) step.template operator()<2>();
+  if constexpr (n > 4) step.template operator()<4>();
+  if constexpr (n > 8) step.template operator()<8>();
+}
+
+// (n, taps) to (taps, lanes), lanes from n on zero; `flip`: the taps in reverse order.
+template <class A>
+void pack_taps(const A* from, int64_t n, int64_t taps, bool flip, A* to) {
+  for (int64_t tap = 0; tap < taps; tap += lanes<A>) {
+    const int64_t m = smaller(lanes<A>, taps - tap);
+    Vec<A> rows[lanes<A>];
+    for (int64_t i = 0; i < lanes<A>; ++i) rows[i] = i < n ? load_lanes<false>(from + i * taps + tap, m) : Vec<A>{};
+    transpose(rows);
+    for (int64_t i = 0; i < m; ++i) store(to + (flip ? taps - 1 - tap - i : tap + i) * lanes<A>, rows[i]);
+  }
+}
+// (taps, lanes) to (n, taps), from the lane `first` on.
+template <class A>
+void unpack_taps(const A* from, int64_t first, int64_t n, int64_t taps, A* to) {
+  for (int64_t tap = 0; tap < taps; tap += lanes<A>) {
+    const int64_t m = smaller(lanes<A>, taps - tap);
+    Vec<A> rows[lanes<A>];
+    for (int64_t i = 0; i < lanes<A>; ++i) rows[i] = i < m ? load(from + (tap + i) * lanes<A>) : Vec<A>{};
+    transpose(rows);
+    for (int64_t i = first; i < n; ++i) store_lanes<false>(to + i * taps + tap, rows[i], m);
   }
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
-// (C, K*K) to (C / lanes, K*K, lanes), the last lanes zero.
 template <class A>
-void pack_weights(const DepthwiseConv& p, int64_t block) {
-  const int64_t taps = p.kernel * p.kernel, n = smaller(lanes<A>, p.channels - block * lanes<A>);
-  const A* from = static_cast<const A*>(p.weight) + block * lanes<A> * taps;
-  A* to = static_cast<A*>(p.packed) + block * lanes<A> * taps;
-  for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t lane = 0; lane < lanes<A>; ++lane)
-      to[(p.flip ? taps - 1 - tap : tap) * lanes<A> + lane] = lane < n ? from[lane * taps + tap] : 0;
+void pack_weights(const DepthwiseConv& p, int64_t plane) {
+  const int64_t taps = p.kernel * p.kernel;
+  const Plane c = plane_channels<A>(p.channels, plane);
+  pack_taps(static_cast<const A*>(p.weight) + c.first * taps, c.lanes, taps, p.flip,
+            static_cast<A*>(p.packed) + plane * taps * lanes<A>);
 }
 
 template <class T>
-void forward_plane(const DepthwiseConv& p, int64_t image, int64_t block, Range band) {
+void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, Range band) {
   using A = accum_t<T>;
   const Map map{p.height, p.width, p.channels, p.kernel};
-  const int64_t c = block * lanes<A>, n = smaller(lanes<A>, p.channels - c);
-  const int64_t plane = image * p.height * p.width * p.channels + c;
-  const A* weight = static_cast<const A*>(p.packed) + c * p.kernel * p.kernel;
-  const Vec<A> start = p.bias ? load_lanes<false>(static_cast<const A*>(p.bias) + c, n) : Vec<A>{};
-  T* y = static_cast<T*>(p.y) + plane;
-  pass_rows(static_cast<const T*>(p.x) + plane, map, band, n, [&](int64_t h, Range strip, TileRows<A>& t) {
+  const Plane c = plane_channels<A>(p.channels, plane);
+  const int64_t offset = image * p.height * p.width * p.channels + c.first;
+  const A* weight = static_cast<const A*>(p.packed) + plane * p.kernel * p.kernel * lanes<A>;
+  const Vec<A> start = p.bias ? load_lanes<false>(static_cast<const A*>(p.bias) + c.first, c.lanes) : Vec<A>{};
+  T* y = static_cast<T*>(p.y) + offset;
+  pass_rows(static_cast<const T*>(p.x) + offset, map, band, c,
+            [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows, const T* ahead) {
     alignas(kVectorBytes) A row[kStrip * lanes<A>];
     T* to = y + (h * p.width + strip.first) * p.channels;
-    for_each_tile(map, strip, [&](int64_t columns, int64_t first, int side) {
-      t.offset = first * lanes<A>;
-      tiles_for<A>(p.kernel, side).forward[columns](t, weight, start, row + first * lanes<A>, lanes<A>);
-    });
-    write_row(row, p.channels, strip.last - strip.first, n, to);
+    A* out = row;
+    int64_t out_step = lanes<A>;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (c.lanes == lanes<A>) out = to, out_step = p.channels;
+    }
+    for (int64_t i = 0; i < strip.tiles; ++i) {
+      const auto& tile = strip.tile[i];
+      if (ahead) prefetch_row<false>(ahead + tile.first * p.channels, p.channels, tile.columns);
+      prefetch_row<true>(to + tile.first * p.channels, p.channels, tile.columns);
+      rows.offset = tile.first * rows.step;
+      tile.kernels->forward[tile.columns](rows, weight, start, out + tile.first * out_step, out_step);
+    }
+    if (out == row) write_row(row, p.channels, strip.columns, c.lanes, to);
   });
 }
 
-// How the forward is cut into tasks: bands of rows, and where these are few, groups of channel blocks.
+// How the forward is cut into tasks: bands of rows, and where these are few, groups of planes. The planes that overlap
+// are in one group: no two threads write the same value.
 struct ForwardTasks {
-  int64_t bands, groups, blocks;
+  int64_t bands, groups, planes, apart;
+  Range planes_of(int64_t group) const {
+    const Range r = part_of(apart, groups, group);
+    return {r.first, r.last == apart ? planes : r.last};
+  }
 };
 template <class T>
 ForwardTasks forward_tasks(const DepthwiseConv& p, const Runner& run, bool split_channels) {
-  const int64_t blocks = ceil_div(p.channels, lanes<accum_t<T>>), wanted = run.threads > 1 ? 4 * run.threads : 1;
-  const int64_t row_bytes = p.width * p.channels * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t vector = lanes<accum_t<T>>;
+  const int64_t wanted = run.threads > 1 ? 4 * run.threads : 1, row_bytes = p.width * p.channels * static_cast<int64_t>(sizeof(T));
   int64_t rows = larger(kBandBytes / row_bytes - p.kernel + 1, p.kernel);
   if (!split_channels) rows = smaller(rows, larger(1, p.batch * p.height / wanted));
-  const int64_t bands = ceil_div(p.height, rows);
-  return {bands, split_channels ? smaller(blocks, ceil_div(wanted, p.batch * bands)) : 1, blocks};
+  const int64_t bands = ceil_div(p.height, rows), apart = larger(1, p.channels / vector);
+  return {bands, split_channels ? smaller(apart, ceil_div(wanted, p.batch * bands)) : 1, ceil_div(p.channels, vector), apart};
 }
 
 template <class T>
 void forward(const DepthwiseConv& p, const Runner& run) {
   const ForwardTasks tasks = forward_tasks<T>(p, run, true);
-  run(tasks.blocks, [&](int64_t block) { pack_weights<accum_t<T>>(p, block); });
+  run(tasks.planes, [&](int64_t plane) { pack_weights<accum_t<T>>(p, plane); });
   run(p.batch * tasks.bands * tasks.groups, [&](int64_t task) {
     const int64_t image = task / tasks.groups / tasks.bands;
-    const Range blocks = part_of(tasks.blocks, tasks.groups, task % tasks.groups);
-    const Range band = part_of(p.height, tasks.bands, task / tasks.groups % tasks.bands);
-    for (int64_t block = blocks.first; block < blocks.last; ++block) forward_plane<T>(p, image, block, band);
+    const Range planes = tasks.planes_of(task % tasks.groups), band = part_of(p.height, tasks.bands, task / tasks.groups % tasks.bands);
+    for (int64_t plane = planes.first; plane < planes.last; ++plane) forward_plane<T>(p, image, plane, band);
   });
 }
 
@@ -179,11 +290,11 @@ template <class T>
 void forward_layer_norm(const DepthwiseConvLayerNorm& p, const Runner& run) {
   const DepthwiseConv& conv = p.conv;
   const ForwardTasks tasks = forward_tasks<T>(conv, run, false);
-  run(tasks.blocks, [&](int64_t block) { pack_weights<accum_t<T>>(conv, block); });
+  run(tasks.planes, [&](int64_t plane) { pack_weights<accum_t<T>>(conv, plane); });
   run(conv.batch * tasks.bands, [&](int64_t task) {
     const int64_t image = task / tasks.bands;
     const Range band = part_of(conv.height, tasks.bands, task % tasks.bands);
-    for (int64_t block = 0; block < tasks.blocks; ++block) forward_plane<T>(conv, image, block, band);
+    for (int64_t plane = 0; plane < tasks.planes; ++plane) forward_plane<T>(conv, image, plane, band);
     const int64_t first = image * conv.height;
     for (int64_t site = (first + band.first) * conv.width; site < (first + band.last) * conv.width; ++site)
       normalise_site<T>(p, site);
@@ -191,50 +302,61 @@ void forward_layer_norm(const DepthwiseConvLayerNorm& p, const Runner& run) {
 }
 
 // ---- weight gradient ---------------------------------------------------------------------------------------------
-// One part's sums for one block of channels: `total` is (K*K + 1, lanes), the last row for the bias.
+// One part's sums for one plane: `total` is (K*K + 1, lanes), the last row for the bias.
 template <class T>
-void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t block) {
+void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t plane, accum_t<T>* total) {
   using A = accum_t<T>;
   const Map map{p.height, p.width, p.channels, p.kernel};
-  const int64_t c = block * lanes<A>, n = smaller(lanes<A>, p.channels - c), sums = (p.kernel * p.kernel + 1) * lanes<A>;
-  A* total = static_cast<A*>(p.workspace) + (part * ceil_div(p.channels, lanes<A>) + block) * sums;
-  for (int64_t i = 0; i < sums; i += lanes<A>) store(total + i, Vec<A>{});
-  const Range rows = part_of(p.batch * p.height, p.parts, part);
-  for (int64_t image = rows.first / p.height; image * p.height < rows.last; ++image) {
-    const int64_t plane = image * p.height * p.width * p.channels + c;
-    const Range band = {larger(0, rows.first - image * p.height), smaller(p.height, rows.last - image * p.height)};
-    const T* grad = static_cast<const T*>(p.grad) + plane;
-    pass_rows(static_cast<const T*>(p.x) + plane, map, band, n, [&](int64_t h, Range strip, TileRows<A>& t) {
+  const Plane c = plane_channels<A>(p.channels, plane);
+  for (int64_t i = 0; i <= p.kernel * p.kernel; ++i) store(total + i * lanes<A>, Vec<A>{});
+  const Range all = part_of(p.batch * p.height, p.parts, part);
+  for (int64_t image = all.first / p.height; image * p.height < all.last; ++image) {
+    const int64_t offset = image * p.height * p.width * p.channels + c.first;
+    const Range band = {larger(0, all.first - image * p.height), smaller(p.height, all.last - image * p.height)};
+    const T* grad = static_cast<const T*>(p.grad) + offset;
+    pass_rows(static_cast<const T*>(p.x) + offset, map, band, c,
+              [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows, const T* ahead) {
       alignas(kVectorBytes) A row[kStrip * lanes<A>];
-      read_row(grad + (h * p.width + strip.first) * p.channels, p.channels, strip.last - strip.first, n, row);
-      for_each_tile(map, strip, [&](int64_t columns, int64_t first, int side) {
-        t.offset = first * lanes<A>;
-        tiles_for<A>(p.kernel, side).weight[columns](t, row + first * lanes<A>, lanes<A>, total);
-      });
+      const T *from = grad + (h * p.width + strip.first) * p.channels, *from_ahead = h + 1 < band.last ? from + p.width * p.channels : nullptr;
+      const A* g = row;
+      int64_t g_step = lanes<A>;
+      bool copy = true;
+      if constexpr (sizeof(T) == sizeof(A)) {
+        if (c.lanes == lanes<A>) g = from, g_step = p.channels, copy = false;
+      }
+      if (copy) read_row(from, p.channels, strip.columns, c.lanes, row);
+      for (int64_t i = 0; i < strip.tiles; ++i) {
+        const auto& tile = strip.tile[i];
+        if (ahead) prefetch_row<false>(ahead + tile.first * p.channels, p.channels, tile.columns);
+        if (from_ahead) prefetch_row<false>(from_ahead + tile.first * p.channels, p.channels, tile.columns);
+        rows.offset = tile.first * rows.step;
+        tile.kernels->weight[tile.columns](rows, g + tile.first * g_step, g_step, total);
+      }
     });
   }
 }
 
 // Adds up the parts in order, and turns (K*K + 1, lanes) back into (C, K*K) and (C,).
 template <class A>
-void add_weight_parts(const DepthwiseConvWeightGrad& p, int64_t block) {
-  const int64_t taps = p.kernel * p.kernel, sums = (taps + 1) * lanes<A>, blocks = ceil_div(p.channels, lanes<A>);
-  const int64_t c = block * lanes<A>, n = smaller(lanes<A>, p.channels - c);
-  A* total = static_cast<A*>(p.workspace) + block * sums;
+void add_weight_parts(const DepthwiseConvWeightGrad& p, int64_t plane) {
+  const int64_t taps = p.kernel * p.kernel, sums = (taps + 1) * lanes<A>, planes = plane_count<A>(p.channels);
+  const Plane c = plane_channels<A>(p.channels, plane);
+  A* total = static_cast<A*>(p.workspace) + plane * sums;
   for (int64_t part = 1; part < p.parts; ++part)
-    for (int64_t i = 0; i < sums; i += lanes<A>) store(total + i, load(total + i) + load(total + part * blocks * sums + i));
-  A *weight = static_cast<A*>(p.grad_weight) + c * taps, *bias = static_cast<A*>(p.grad_bias) + c;
-  for (int64_t lane = 0; lane < n; ++lane) {
-    for (int64_t tap = 0; tap < taps; ++tap) weight[lane * taps + tap] = total[tap * lanes<A> + lane];
-    bias[lane] = total[taps * lanes<A> + lane];
-  }
+    for (int64_t i = 0; i < sums; i += lanes<A>) store(total + i, load(total + i) + load(total + part * planes * sums + i));
+  const int64_t known = plane * lanes<A> - c.first;  // channels that the plane before has, too: the same sums
+  unpack_taps(total, known, c.lanes, taps, static_cast<A*>(p.grad_weight) + c.first * taps);
+  for (int64_t i = known; i < c.lanes; ++i) static_cast<A*>(p.grad_bias)[c.first + i] = total[taps * lanes<A> + i];
 }
 
 template <class T>
 void weight_grad(const DepthwiseConvWeightGrad& p, const Runner& run) {
-  const int64_t blocks = ceil_div(p.channels, lanes<accum_t<T>>);
-  run(p.parts * blocks, [&](int64_t task) { weight_grad_part<T>(p, task / blocks, task % blocks); });
-  run(blocks, [&](int64_t block) { add_weight_parts<accum_t<T>>(p, block); });
+  using A = accum_t<T>;
+  const int64_t planes = plane_count<A>(p.channels), sums = (p.kernel * p.kernel + 1) * lanes<A>;
+  run(p.parts * planes, [&](int64_t task) {
+    weight_grad_part<T>(p, task / planes, task % planes, static_cast<A*>(p.workspace) + task * sums);
+  });
+  run(planes, [&](int64_t plane) { add_weight_parts<A>(p, plane); });
 }
 
 // ---- backward of the LayerNorm -----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 // Inner kernels of the depthwise convolution: one vector of channels, one row of output columns kept in registers.
 //
-// Rows of x lie as [column][lanes], so a tile reads one stream a kernel row and knows nothing of dtypes, strides or
-// channel tails. For K = 7 a kernel row's seven weights stay in registers as well, and the three columns beyond an
-// edge of the map are skipped, not multiplied by zero: on a map 7 columns wide they are a quarter of the taps.
+// A tile reads vectors of the accumulate dtype, `step` elements from column to column: from the map itself, or from a ring of
+// rows in which dtype, channel tail and the zeros around the map are settled. For K = 7 a kernel row's seven weights
+// stay in registers as well, and the three columns beyond an edge of the map are skipped, not multiplied by zero: on a map
+// 7 columns wide they are a quarter of the taps.
 #pragma once
 #include <utility>
 
@@ -30,34 +31,42 @@ constexpr bool tile_reads(int C, int columns, int side) {
   return (C >= 3 || (side & kHasLeft)) && (C < columns + 3 || (side & kHasRight));
 }
 
-// What a tile works on. rows[i] + offset is the leftmost tap of the first column at kernel row i.
+// What a tile reads. x[i] + offset is the leftmost tap of the tile's first column at kernel row i.
 template <class A>
 struct TileRows {
-  const A* const* rows;
-  int64_t offset;
+  const A* const* x;
+  int64_t step, offset;
   int64_t first, last;  // kernel rows that lie in the map
   int64_t kernel;
 };
 
 // ---- forward: out[column] = start + sum of weight * x ------------------------------------------------------------
+// A narrow tile sums odd and even taps apart: with fewer than ten chains of dependent FMAs the units would wait.
+template <int Columns>
+constexpr int kChains = kVectorRegisters == 32 && Columns < 10 ? 2 : 1;
+
 template <class A, int Columns, int Side>
 __attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step) {
-  Vec<A> sum[Columns];
-  unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] = start; });
+  constexpr int chains = kChains<Columns>;
+  Vec<A> sum[chains][Columns] = {};
+  unroll<Columns>(CONVDIT_UNROLLED(I) { sum[0][I] = start; });
   for (int64_t row = t.first; row < t.last; ++row) {
-    const A *x = t.rows[row] + t.offset, *w = weight + row * 7 * lanes<A>;
+    const A *x = t.x[row] + t.offset, *w = weight + row * 7 * lanes<A>;
     Vec<A> tap[7];
     unroll<7>(CONVDIT_UNROLLED(I) { tap[I] = load(w + I * lanes<A>); });
     unroll<Columns + 6>(CONVDIT_UNROLLED(C) {
       if constexpr (tile_reads(C, Columns, Side)) {
-        const Vec<A> v = load(x + C * lanes<A>);
+        const Vec<A> v = load(x + C * t.step);
         unroll<7>(CONVDIT_UNROLLED(K) {
-          if constexpr (C >= K && C - K < Columns) sum[C - K] += v * tap[K];
+          if constexpr (C >= K && C - K < Columns) sum[K % chains][C - K] += v * tap[K];
         });
       }
     });
   }
-  unroll<Columns>(CONVDIT_UNROLLED(I) { store(out + I * out_step, sum[I]); });
+  unroll<Columns>(CONVDIT_UNROLLED(I) {
+    if constexpr (chains == 2) sum[0][I] += sum[1][I];
+    store(out + I * out_step, sum[0][I]);
+  });
 }
 
 template <class A, int Columns>
@@ -65,10 +74,10 @@ __attribute__((noinline)) void forward_tile(const TileRows<A>& t, const A* weigh
   Vec<A> sum[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] = start; });
   for (int64_t row = t.first; row < t.last; ++row) {
-    const A *x = t.rows[row] + t.offset, *w = weight + row * t.kernel * lanes<A>;
-    for (int64_t i = 0; i < t.kernel; ++i, x += lanes<A>, w += lanes<A>) {
+    const A *x = t.x[row] + t.offset, *w = weight + row * t.kernel * lanes<A>;
+    for (int64_t i = 0; i < t.kernel; ++i, x += t.step, w += lanes<A>) {
       const Vec<A> tap = load(w);
-      unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] += load(x + I * lanes<A>) * tap; });
+      unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] += load(x + I * t.step) * tap; });
     }
   }
   unroll<Columns>(CONVDIT_UNROLLED(I) { store(out + I * out_step, sum[I]); });
@@ -88,12 +97,12 @@ __attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad
   Vec<A> g[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
   for (int64_t row = t.first; row < t.last; ++row) {
-    const A* x = t.rows[row] + t.offset;
+    const A* x = t.x[row] + t.offset;
     A* row_total = total + row * 7 * lanes<A>;
     Vec<A> sum[7] = {};
     unroll<Columns + 6>(CONVDIT_UNROLLED(C) {
       if constexpr (tile_reads(C, Columns, Side)) {
-        const Vec<A> v = load(x + C * lanes<A>);
+        const Vec<A> v = load(x + C * t.step);
         unroll<7>(CONVDIT_UNROLLED(K) {
           if constexpr (C >= K && C - K < Columns) sum[K] += v * g[C - K];
         });
@@ -109,11 +118,11 @@ __attribute__((noinline)) void weight_tile(const TileRows<A>& t, const A* grad, 
   Vec<A> g[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
   for (int64_t row = t.first; row < t.last; ++row) {
-    const A* x = t.rows[row] + t.offset;
+    const A* x = t.x[row] + t.offset;
     A* to = total + row * t.kernel * lanes<A>;
-    for (int64_t i = 0; i < t.kernel; ++i, x += lanes<A>, to += lanes<A>) {
+    for (int64_t i = 0; i < t.kernel; ++i, x += t.step, to += lanes<A>) {
       Vec<A> sum = load(x) * g[0];
-      unroll<Columns - 1>(CONVDIT_UNROLLED(I) { sum += load(x + (I + 1) * lanes<A>) * g[I + 1]; });
+      unroll<Columns - 1>(CONVDIT_UNROLLED(I) { sum += load(x + (I + 1) * t.step) * g[I + 1]; });
       store(to, load(to) + sum);
     }
   }
@@ -148,7 +157,11 @@ constexpr Tiles<A> kTiles = make_tiles<A>(TileWidths{});
 constexpr Tiles<float> kTiles7[kSides] = {make_tiles_7<kAlone>(TileWidths{}), make_tiles_7<kHasLeft>(TileWidths{}),
                                           make_tiles_7<kHasRight>(TileWidths{}), make_tiles_7<kInner>(TileWidths{})};
 
-// float64 is there to check gradients: it takes the kernel for any K.
+// float64 is there to check gradients: it takes the kernels for any K.
+template <class A>
+constexpr bool tiles_skip_edges(int64_t kernel) {
+  return sizeof(A) == 4 && kernel == 7;
+}
 template <class A>
 CONVDIT_INLINE const Tiles<A>& tiles_for(int64_t kernel, int side) {
   if constexpr (sizeof(A) == 4) {

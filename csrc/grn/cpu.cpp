@@ -109,21 +109,26 @@ struct Mean {
   }
 };
 
-template <bool Gelu, class V>
-CONVDIT_INLINE V activate(V x) {
-  if constexpr (Gelu) return x * normal_cdf(x);
-  else return x;
+enum class Activation { none, gelu, shifted_gelu };
+
+// n values of g from x[i] on.
+template <Activation Act, bool Full, class T>
+CONVDIT_INLINE Vec<accum_t<T>> activate(const T* x, const accum_t<T>* shift, int64_t i, int64_t n) {
+  auto v = load_lanes<Full>(x + i, n);
+  if constexpr (Act == Activation::shifted_gelu) v += load_lanes<Full>(shift + i, n);
+  if constexpr (Act != Activation::none) v *= normal_cdf(v);
+  return v;
 }
 
 // sums[c] = sum of g^2 over the tile's rows; g itself goes to `kept` where Keep.
-template <bool Gelu, bool Keep, class T>
-void add_squares(const T* x, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
+template <Activation Act, bool Keep, class T>
+void add_squares(const T* x, const accum_t<T>* shift, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
   using A = accum_t<T>;
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
   for (int64_t row = 0; row < rows; ++row, x += channels, kept += Keep ? channels : 0)
     for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(full)::value;
-      const Vec<A> g = activate<Gelu>(load_lanes<kFull>(x + i, n));
+      const Vec<A> g = activate<Act, kFull>(x, shift, i, n);
       store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + g * g, n);
       if constexpr (Keep) store_lanes<kFull>(kept + i, g, n);
     });
@@ -141,47 +146,48 @@ void finish_image(const A* sums, int64_t tiles, int64_t channels, A eps, const A
   for (int64_t c = 0; c < channels; ++c) scale[c] = 1 + weight[c] * (norm[c] / divisor);
 }
 
-template <bool Gelu, class T>
-void apply(const T* x, const accum_t<T>* scale, const accum_t<T>* bias, T* y, int64_t rows, int64_t channels) {
+template <Activation Act, class T>
+void apply(const T* x, const accum_t<T>* shift, const accum_t<T>* scale, const accum_t<T>* bias, T* y, int64_t rows, int64_t channels) {
   using A = accum_t<T>;
   for (int64_t row = 0; row < rows; ++row, x += channels, y += channels)
     for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(full)::value;
-      const Vec<A> g = activate<Gelu>(load_lanes<kFull>(x + i, n));
+      const Vec<A> g = activate<Act, kFull>(x, shift, i, n);
       store_lanes<kFull>(y + i, g * load_lanes<kFull>(scale + i, n) + load_lanes<kFull>(bias + i, n), n);
     });
 }
 
 // The output may hold a value between the passes where that loses nothing: not where it has fewer digits than the sums.
-template <bool Gelu, class T>
-constexpr bool kKeepBetweenPasses = Gelu && sizeof(T) == sizeof(accum_t<T>);
+template <class T>
+constexpr bool kHoldsSums = sizeof(T) == sizeof(accum_t<T>);
 
-template <bool Gelu, class T>
+// Keep: the first pass leaves g in y, and the second, if there is one, multiplies it there.
+template <Activation Act, bool Keep, class T>
 void forward(const Grn& p, const Runner& run) {
   using A = accum_t<T>;
-  constexpr bool kKeep = kKeepBetweenPasses<Gelu, T>;
   const int64_t channels = p.channels;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   A *norm = static_cast<A*>(p.norm), *sums = static_cast<A*>(p.workspace);
-  const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
+  const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias), *shift = static_cast<const A*>(p.shift);
   number_tiles(p, p.first_tile);
-  A* scales = sums + p.first_tile[p.images] * channels;
+  A* scales = p.scale != nullptr ? static_cast<A*>(p.scale) : sums + p.first_tile[p.images] * channels;
   two_passes(
       p, p.first_tile, 2 * channels * static_cast<int64_t>(sizeof(T)), run,
       [&](Tile t, int64_t number) {
         const int64_t at = t.first_row * channels;
-        add_squares<Gelu, kKeep>(x + at, y + at, t.rows, channels, sums + number * channels);
+        add_squares<Act, Keep>(x + at, shift, y + at, t.rows, channels, sums + number * channels);
       },
       [&](int64_t image) {
         const int64_t tile = p.first_tile[image], at = image * channels;
         finish_image(sums + tile * channels, p.first_tile[image + 1] - tile, channels, static_cast<A>(p.eps), weight, norm + at, scales + at);
       },
       [&](Tile t, int64_t) {
+        if (p.scale != nullptr) return;
         const int64_t at = t.first_row * channels;
         const A* scale = scales + t.image * channels;
-        if constexpr (kKeep) apply<false>(y + at, scale, bias, y + at, t.rows, channels);
-        else apply<Gelu>(x + at, scale, bias, y + at, t.rows, channels);
+        if constexpr (Keep) apply<Activation::none>(y + at, shift, scale, bias, y + at, t.rows, channels);
+        else apply<Act>(x + at, shift, scale, bias, y + at, t.rows, channels);
       });
 }
 
@@ -259,7 +265,7 @@ void apply_backward(const T* grad, const T* x, const accum_t<T>* scale, const ac
 template <bool Gelu, class T>
 void backward(const GrnBackward& p, const Runner& run) {
   using A = accum_t<T>;
-  constexpr bool kKeep = kKeepBetweenPasses<Gelu, T>;
+  constexpr bool kKeep = Gelu && kHoldsSums<T>;
   const int64_t channels = p.channels;
   const T *grad = static_cast<const T*>(p.grad), *x = static_cast<const T*>(p.x);
   T* grad_x = static_cast<T*>(p.grad_x);
@@ -300,8 +306,15 @@ void dispatch(const GrnShape& p, const F& f) {
   }
 }
 
+template <class T>
+void forward_of(const Grn& p, const Runner& run) {
+  if (!p.gelu) return forward<Activation::none, false, T>(p, run);
+  if (p.shift == nullptr) return forward<Activation::gelu, kHoldsSums<T>, T>(p, run);
+  if (p.scale != nullptr) return forward<Activation::shifted_gelu, true, T>(p, run);
+  return forward<Activation::shifted_gelu, kHoldsSums<T>, T>(p, run);
+}
 void dispatch_forward(const Grn& p, const Runner& run) {
-  dispatch(p, [&](auto x) { p.gelu ? forward<true, decltype(x)>(p, run) : forward<false, decltype(x)>(p, run); });
+  dispatch(p, [&](auto x) { forward_of<decltype(x)>(p, run); });
 }
 void dispatch_backward(const GrnBackward& p, const Runner& run) {
   dispatch(p, [&](auto x) { p.gelu ? backward<true, decltype(x)>(p, run) : backward<false, decltype(x)>(p, run); });

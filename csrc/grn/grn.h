@@ -36,7 +36,9 @@ constexpr int64_t grn_max_tiles(int64_t images, int64_t rows, int64_t channels) 
 
 struct Grn : GrnShape {
   const void *x, *weight, *bias;
-  void *y, *norm;
+  const void* shift;    // (C): g is the GELU of x + shift; or null. Needs `gelu`
+  void *y, *norm;       // y may be x
+  void* scale;          // (images, C): gets the factor 1 + weight * N, and y is left at g; or null. Needs `shift`
   void* workspace;      // (grn_max_tiles + images, C) of accum_t<dtype>
   int64_t* first_tile;  // (images + 1)
 };

@@ -157,14 +157,10 @@ def test_damaged_npz_names_the_file(tmp_path):
 def test_hugging_face_folder(tmp_path):
     import datasets
 
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
     pictures = [Image.fromarray(a) for a in noise(10, 9, 9, 3)]
     rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 5}, features=features)
-    datasets.DatasetDict({"train": rows, "test": rows.select([0, 1, 2])}).save_to_disk(
-        tmp_path / "d"
-    )
+    datasets.DatasetDict({"train": rows, "test": rows.select([0, 1, 2])}).save_to_disk(tmp_path / "d")
     train, test = data.load(tmp_path / "d", image_size=9)
     assert train.classes == ["no", "yes"] and (len(train), len(test)) == (10, 3)
     assert np.array_equal(train.images[4].permute(1, 2, 0).numpy(), np.asarray(pictures[4]))

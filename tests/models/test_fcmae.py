@@ -41,9 +41,7 @@ def masks():
 
 
 def some_images(pattern="random"):
-    images = torch.randn(
-        3, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    images = torch.randn(3, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if "zeros" in pattern:
         images[1] = 0
     return images
@@ -141,9 +139,7 @@ def test_reconstruction_keeps_visible_patches_and_paints_the_others():
     assert pictures.shape == images.shape and not pictures.requires_grad
     hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(images)
     assert pictures[~hidden].equal(images[~hidden])
-    torch.testing.assert_close(
-        pictures[hidden], model.unpatchify(model(images, mask).pred, (3, 4))[hidden]
-    )
+    torch.testing.assert_close(pictures[hidden], model.unpatchify(model(images, mask).pred, (3, 4))[hidden])
 
 
 def test_reconstruction_of_a_normalised_target_undoes_the_norm():
@@ -151,9 +147,7 @@ def test_reconstruction_of_a_normalised_target_undoes_the_norm():
     out, pictures = model(images, mask), model.patchify(model.reconstruct(images, mask))
     std, mean = torch.std_mean(model.patchify(images), -1, keepdim=True)
     hidden = mask.flatten(1)
-    torch.testing.assert_close(
-        pictures[hidden], (out.pred * std + mean)[hidden], rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(pictures[hidden], (out.pred * std + mean)[hidden], rtol=1e-5, atol=1e-5)
 
 
 def test_masks_drawn_inside_keep_the_ratio_and_repeat_with_the_generator():
@@ -231,11 +225,13 @@ def test_a_loss_under_half_precision_is_float32():
     out.loss.backward()
 
 
-@pytest.mark.parametrize("given", ["mask", "seed"])
-def test_a_whole_training_step_compiles_without_a_break(given):
-    model, images = build(), some_images()
+@pytest.mark.parametrize(("given", "backend"), [("mask", "inductor"), ("mask", "aot_eager"), ("seed", "aot_eager")])
+def test_a_whole_training_step_compiles_without_a_break(given, backend):
+    model, images = build(depths=(1, 1)), some_images()
+    if backend == "inductor":
+        model, images = model.float(), images.float()
     arguments = (images, masks()["random"]) if given == "mask" else (images,)
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     torch.manual_seed(0)
     out = compiled(*arguments)
     out.loss.backward()
@@ -244,9 +240,10 @@ def test_a_whole_training_step_compiles_without_a_break(given):
     expected = model(images, out.mask)
     expected.loss.backward()
     torch.testing.assert_close(out.loss, expected.loss)
-    torch.testing.assert_close(out.pred, expected.pred)
+    torch.testing.assert_close(out.pred, expected.pred, rtol=1e-4, atol=1e-4)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, msg=name)
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 def test_a_compiled_step_refuses_a_mask_of_another_count():

@@ -27,9 +27,7 @@ def visible_map(pattern, shape=(3, 6, 8)):
 def randomised(module, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        parameter.data = 0.5 * torch.randn(
-            parameter.shape, dtype=torch.float64, generator=generator
-        )
+        parameter.data = 0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
     return module
 
 
@@ -128,6 +126,15 @@ def test_stochastic_depth_zeroes_whole_images_and_keeps_the_mean():
     dropped = branch.flatten(1).eq(0).all(1)
     torch.testing.assert_close(branch[~dropped], full[~dropped] / 0.75)
     assert abs(dropped.double().mean() - 0.25) < 0.03
+
+
+def test_a_block_compiles_for_sites_made_outside():
+    block, visible = randomised(nn.ConvNeXtBlock(4)), visible_map("random")
+    x = torch.randn(3, 6, 8, 4, dtype=torch.float64)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for seen in (visible, visible.flip(2)):  # a second mask of the same count
+        packed = SparseTensor2d.from_dense(x, ActiveSites.from_mask(seen))
+        torch.testing.assert_close(compiled(packed).features, block(packed).features)
 
 
 def test_gradients_stay_finite_where_a_whole_image_is_zero():

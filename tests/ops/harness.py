@@ -94,13 +94,17 @@ def assert_rows_close(ours: Tensor, plain: Tensor, right: Tensor, dtype: torch.d
     if ours.numel() == 0:
         return
     o, p, r = (t.detach().double().reshape(-1, t.shape[-1] if t.dim() > 1 else t.numel()) for t in (ours, plain, right))
-    error, allowed = (o - r).abs().amax(1), 2 * (p - r).abs().amax(1) + FLOOR_ULPS * EPS[dtype] * r.abs().amax(1)
+    error, plain_error, largest = (o - r).abs().amax(1), (p - r).abs().amax(1), r.abs().amax(1)
+    # In a row of one or two values PyTorch may be right by luck: its median row, at this row's size, counts as well.
+    some = largest > 0
+    typical = (plain_error[some] / largest[some]).median().nan_to_num() * largest
+    allowed = 2 * torch.maximum(plain_error, typical) + FLOOR_ULPS * EPS[dtype] * largest
     # A float16 result below its smallest normal number is rounded to multiples of its smallest number.
     allowed = allowed + torch.finfo(dtype).tiny * EPS[dtype] * FLOOR_ULPS
     worst = int((error - allowed).argmax())
     assert bool((error <= allowed).all()), (
         f"{what}: row {worst}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}, "
-        f"largest value {r[worst].abs().max():.3g}"
+        f"largest value {largest[worst]:.3g}"
     )
 
 

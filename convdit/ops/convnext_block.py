@@ -1,0 +1,158 @@
+"""The ConvNeXt V2 block as one operator.
+
+Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), figure 5.
+Without gradients the CPU takes the batch a few images at a time through one set of scratch tensors: the hidden
+tensor, four times as wide as the map, stays in cache. With gradients the block is its parts, each with its own
+fused backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._common import autocast, check_floating, library, needs_grad, parameter, register_vmap
+from .depthwise_conv import depthwise_conv2d_layer_norm
+from .grn import gelu_grn
+
+
+def convnext_block(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pwconv1_weight: Tensor,
+    pwconv1_bias: Tensor | None,
+    grn_weight: Tensor,
+    grn_bias: Tensor,
+    pwconv2_weight: Tensor,
+    pwconv2_bias: Tensor | None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``x + pwconv2(grn(gelu(pwconv1(layer_norm(dwconv(x))))))``.
+
+    Args:
+        x: (N, H, W, C), float32, float64, bfloat16 or float16, any strides. Autocast casts the branch and leaves
+            the residual as it is.
+        dwconv_weight, dwconv_bias: (C, 1, K, K), K odd, at most 31; (C,) or None.
+        norm_weight, norm_bias: (C,), of the LayerNorm.
+        pwconv1_weight, pwconv1_bias: (D, C); (D,) or None. D is 4 C in the published models.
+        grn_weight, grn_bias: (D,), gamma and beta of the response normalisation.
+        pwconv2_weight, pwconv2_bias: (C, D); (C,) or None.
+        eps: of the LayerNorm and of the response normalisation.
+
+        Parameters have x's dtype or any of the three smaller ones; float64 goes with float64 only.
+
+    Returns:
+        (N, H, W, C) in x's dtype, contiguous.
+
+    Raises:
+        ValueError: a shape that does not fit, naming the argument.
+        TypeError, RuntimeError: a dtype or device that does not fit, naming the argument.
+
+    Source: Woo et al. 2023, figure 5; equal to the ``Block`` of facebookresearch/ConvNeXt-V2 without drop path.
+    """
+    given = (
+        dwconv_weight,
+        dwconv_bias,
+        norm_weight,
+        norm_bias,
+        pwconv1_weight,
+        pwconv1_bias,
+        grn_weight,
+        grn_bias,
+        pwconv2_weight,
+        pwconv2_bias,
+    )
+    _check(x, given)
+    if x.device.type != "cpu" or needs_grad(x, *given):
+        return _composite(x, *given, eps)
+    branch = autocast(x).dtype
+    arguments = [
+        None if p is None else p.to(branch) if name in _MATRICES else parameter(name, p, x)
+        for name, p in zip(_SHAPES, given, strict=True)
+    ]
+    return library.convnext_block_fwd(x, *arguments, eps)
+
+
+_SHAPES = {
+    "dwconv_weight": ("C", 1, "K", "K"),
+    "dwconv_bias": ("C",),
+    "norm_weight": ("C",),
+    "norm_bias": ("C",),
+    "pwconv1_weight": ("D", "C"),
+    "pwconv1_bias": ("D",),
+    "grn_weight": ("D",),
+    "grn_bias": ("D",),
+    "pwconv2_weight": ("C", "D"),
+    "pwconv2_bias": ("C",),
+}
+_OPTIONAL = ("dwconv_bias", "pwconv1_bias", "pwconv2_bias")
+_MATRICES = ("pwconv1_weight", "pwconv2_weight")  # in the branch's dtype; vectors in the one that kernels sum in
+
+
+def _check(x: Tensor, given: tuple[Tensor | None, ...]) -> None:
+    check_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected shape (N, H, W, C), got {tuple(x.shape)}")
+    sizes: dict[str | int, int] = {1: 1, "C": x.shape[-1]}
+    for (name, axes), value in zip(_SHAPES.items(), given, strict=True):
+        if value is None and name in _OPTIONAL:
+            continue
+        check_floating(name, value)
+        if (x.dtype == torch.float64) != (value.dtype == torch.float64):
+            wanted, got = (str(t.dtype).removeprefix("torch.") for t in (x, value))
+            raise TypeError(f"{name}: expected the dtype of x ({wanted}), got {got}")
+        # K and D are what the first argument that has them says.
+        fits = value.dim() == len(axes)
+        if fits:
+            for axis, size in zip(axes, value.shape, strict=True):
+                fits = fits and sizes.setdefault(axis, size) == size
+        if not fits:
+            wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected the device of x ({x.device}), got {value.device}")
+
+
+def _composite(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pwconv1_weight: Tensor,
+    pwconv1_bias: Tensor | None,
+    grn_weight: Tensor,
+    grn_bias: Tensor,
+    pwconv2_weight: Tensor,
+    pwconv2_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    y = depthwise_conv2d_layer_norm(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, eps)
+    y = _linear(y, pwconv1_weight, pwconv1_bias)
+    y = gelu_grn(y, grn_weight, grn_bias, eps)
+    return (x + _linear(y, pwconv2_weight, pwconv2_bias)).to(x.dtype)
+
+
+def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled(y.device.type):  # it casts, and keeps what it cast
+        return F.linear(y, weight, bias)
+    return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
+
+
+@torch.library.register_fake("convdit::convnext_block_fwd")
+def _(x, *parameters):
+    return x.new_empty(x.shape)
+
+
+register_vmap("convnext_block_fwd", folded=(0,))
+
+
+@register_flop_formula(torch.ops.convdit.convnext_block_fwd)
+def _(x_shape, dwconv_weight_shape, _1, _2, _3, pwconv1_weight_shape, *_args, **_kwargs) -> int:
+    """Two a multiply-add; taps beyond the border count, as in PyTorch's formula for convolutions."""
+    return 2 * x_shape.numel() * (dwconv_weight_shape[-1] ** 2 + 2 * pwconv1_weight_shape[0])

@@ -1,0 +1,139 @@
+"""The parts of the training code that can be wrong without anything failing."""
+
+import math
+
+import pytest
+import torch
+
+from convdit import data, models
+from convdit.training.evaluate import LinearProbe, accuracy, frechet_distance
+from convdit.training.optim import moving_average, parameter_groups, warmup_cosine
+from convdit.training.options import LoopOptions
+from convdit.training.order import BatchOrder, batches
+from convdit.training.pictures import grid
+from convdit.training.transforms import Normalise, augment
+
+
+def test_every_pass_shows_each_picture_once_and_each_pass_is_another():
+    order = [i for batch in BatchOrder(10, 4, 0, 0, 5) for i in batch]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+
+
+def test_order_started_late_is_the_tail_of_the_whole_order():
+    whole = list(BatchOrder(10, 4, 1, 0, 9))
+    assert list(BatchOrder(10, 4, 1, 6, 9)) == whole[6:]
+
+
+def test_processes_share_every_batch_between_them():
+    whole = list(BatchOrder(20, 6, 0, 0, 4))
+    parts = [list(BatchOrder(20, 6, 0, 0, 4, rank, 3)) for rank in range(3)]
+    assert [sum(shares, []) for shares in zip(*parts, strict=True)] == whole
+
+
+def test_worker_processes_give_the_same_batches_and_leave_the_random_state_alone():
+    dataset = data.load("digits").train
+    state = torch.get_rng_state()
+    here = list(batches(dataset, BatchOrder(len(dataset), 8, 0, 2, 5)))
+    there = list(batches(dataset, BatchOrder(len(dataset), 8, 0, 2, 5), workers=2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(here, there, strict=True))
+
+
+def test_vectors_grn_and_tokens_do_not_decay():
+    model = models.FCMAE(
+        models.create("convnextv2_atto", depths=[1], dims=[8], stem_stride=4, features_only=True),
+        image_size=8,
+        patch_size=4,
+        decoder_dim=8,
+    )
+    decayed, kept = parameter_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
+    assert "encoder.stages.0.0.pwconv1.weight" in decayed_names
+    assert "encoder.stages.0.0.dwconv.weight" in decayed_names
+    assert not any(".grn." in n or n.endswith("bias") or n == "mask_token" for n in decayed_names)
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_schedule_warms_up_to_the_peak_and_ends_at_a_hundredth():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = warmup_cosine(optimizer, 4, 20)
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and max(rates) == 2.0
+    assert schedule.get_last_lr()[0] == pytest.approx(0.02)
+
+
+def test_moving_average_follows_its_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = moving_average(model, 0.999)
+    expected = None
+    for step, value in enumerate([1.0, 3.0, -2.0, 5.0]):
+        torch.nn.init.constant_(model.weight, value)
+        ema.update_parameters(model)
+        decay = min(0.999, (1 + step) / (10 + step))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+    assert ema.module.weight.item() == pytest.approx(expected)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    torch.manual_seed(0)
+    one = torch.randn(20000, 3, dtype=torch.float64)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    scale, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 0.0, 0.0])
+    # Commuting covariances: |shift|^2 + sum (sqrt(a) - sqrt(b))^2 = 9 + 0 + 1 + 4
+    assert frechet_distance(one, one * scale + shift) == pytest.approx(14, rel=0.02)
+
+
+def test_linear_probe_reaches_the_optimum_on_separable_features():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.nn.functional.one_hot(labels, 3) * 4 + torch.randn(300, 3)
+    probe = LinearProbe(features[:200], labels[:200], 3)
+    assert accuracy(probe(features[200:]), labels[200:]) > 0.95
+
+
+def test_normalisation_standardises_and_inverts():
+    dataset = data.load("digits").train
+    normalise = Normalise.of(dataset)
+    images, _ = dataset.batch(range(len(dataset)))
+    assert abs(float(normalise(images).mean())) < 0.05 and abs(float(normalise(images).std()) - 1) < 0.05
+    torch.testing.assert_close(normalise.invert(normalise(images)), images, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["shift", "crop"])
+def test_augmentation_changes_each_picture_on_its_own_and_keeps_the_range(kind):
+    images = torch.rand(1, 3, 16, 16).expand(4, -1, -1, -1)
+    out = augment(images, kind)
+    assert out.shape == images.shape and 0 <= out.min() and out.max() <= 1
+    assert not torch.equal(out[0], out[1]) and not torch.equal(out[0], images[0])
+    assert torch.equal(augment(images, "none"), images)
+
+
+def test_grid_places_pictures_row_by_row():
+    images = torch.arange(6.0).view(6, 1, 1, 1).expand(-1, 1, 4, 4) / 255
+    picture = grid(images, columns=3, gap=1)
+    assert picture.shape == (10, 15, 3)
+    assert picture[0, 0, 0] == 0 and picture[0, 5, 0] == 1 and picture[5, 0, 0] == 3
+    assert picture[0, 4, 0] == 255
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"lr": math.nan},
+        {"ema": 1.0},
+        {"accumulate": 3},
+        {"warmup": 2000},
+        {"augment": "x"},
+    ],
+)
+def test_options_that_cannot_work_are_named(change):
+    with pytest.raises(ValueError, match="batch_size" if "accumulate" in change else next(iter(change))):
+        LoopOptions(**change).check()
