@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convdit._checks import check_fits, check_floating
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 from .layers import LayerNorm, Map, hide
@@ -23,8 +24,14 @@ class Stem(nn.Sequential):
     def __init__(self, in_chans: int, dim: int, stride: int = 4):
         super().__init__(nn.Conv2d(in_chans, dim, stride, stride), LayerNorm(dim))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, c, H, W) to (N, H // stride, W // stride, C)."""
+    def forward(self, images: Tensor, name: str = "images") -> Tensor:
+        """(N, c, H, W) to (N, H // stride, W // stride, C).
+
+        Images on another device or of another dtype than the parameters are a ValueError or a
+        TypeError, under `name`; autocast takes every dtype but float64.
+        """
+        check_floating(name, images)
+        check_fits(name, images, self[0].weight)
         # The image has the fewest channels: this is the cheapest place to change the layout.
         images = images.contiguous(memory_format=torch.channels_last)
         return self[1](self[0](images).permute(0, 2, 3, 1).contiguous())

@@ -107,12 +107,13 @@ def _check(x: Tensor, given: tuple[Tensor | None, ...]) -> None:
             wanted, got = (str(t.dtype).removeprefix("torch.") for t in (x, value))
             raise TypeError(f"{name}: expected the dtype of x ({wanted}), got {got}")
         # K and D are what the first argument that has them says.
+        known = {axis: sizes.get(axis, axis) for axis in axes}
         fits = value.dim() == len(axes)
         if fits:
             for axis, size in zip(axes, value.shape, strict=True):
                 fits = fits and sizes.setdefault(axis, size) == size
         if not fits:
-            wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            wanted = ", ".join(str(known[axis]) for axis in axes)
             raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected the device of x ({x.device}), got {value.device}")
