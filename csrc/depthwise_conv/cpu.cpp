@@ -1,8 +1,9 @@
 // CPU kernels of the depthwise convolution and of the LayerNorm after it: what is computed, cut into tasks. planes.h walks a
-// map, tiles.h holds the inner loops, packing.h turns the weights.
+// map, tiles.h holds the inner loops, packing.h turns the weights, layer_norm.h normalises.
 #include "depthwise_conv/depthwise_conv.h"
 
 #include "common/simd.h"
+#include "depthwise_conv/layer_norm.h"
 #include "depthwise_conv/packing.h"
 #include "depthwise_conv/planes.h"
 
@@ -80,32 +81,6 @@ void forward(const DepthwiseConv& p, const Runner& run) {
 }
 
 template <class T>
-void normalise_site(const DepthwiseConvLayerNorm& p, int64_t site) {
-  using A = accum_t<T>;
-  const int64_t channels = p.conv.channels;
-  const T* y = static_cast<const T*>(p.conv.y) + site * channels;
-  const A mean = sum_vectors<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-                   return load_lanes<decltype(full)::value>(y + i, n);
-                 }) / static_cast<A>(channels);
-  const A variance = sum_vectors<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-                       Vec<A> d = load_lanes<decltype(full)::value>(y + i, n) - mean;
-                       if constexpr (!decltype(full)::value)
-                         for (int64_t lane = n; lane < lanes<A>; ++lane) d[lane] = 0;
-                       return d * d;
-                     }) / static_cast<A>(channels);
-  const A rstd = 1 / static_cast<A>(__builtin_sqrt(variance + static_cast<A>(p.eps)));
-  if (p.mean) static_cast<A*>(p.mean)[site] = mean;
-  if (p.rstd) static_cast<A*>(p.rstd)[site] = rstd;
-  const A *weight = static_cast<const A*>(p.ln_weight), *bias = static_cast<const A*>(p.ln_bias);
-  T* out = static_cast<T*>(p.out) + site * channels;
-  for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-    constexpr bool kFull = decltype(full)::value;
-    const Vec<A> normalised = (load_lanes<kFull>(y + i, n) - mean) * rstd;
-    store_lanes<kFull>(out + i, normalised * load_lanes<kFull>(weight + i, n) + load_lanes<kFull>(bias + i, n), n);
-  });
-}
-
-template <class T>
 void forward_layer_norm(const DepthwiseConvLayerNorm& p, const Runner& run) {
   const DepthwiseConv& conv = p.conv;
   const ForwardTasks tasks = forward_tasks<T>(conv, run, false);
@@ -114,9 +89,10 @@ void forward_layer_norm(const DepthwiseConvLayerNorm& p, const Runner& run) {
     const int64_t image = task / tasks.bands;
     const Range band = part_of(conv.height, tasks.bands, task % tasks.bands);
     for (int64_t plane = 0; plane < tasks.planes; ++plane) forward_plane<T>(conv, image, plane, band);
-    const int64_t first = image * conv.height;
-    for (int64_t site = (first + band.first) * conv.width; site < (first + band.last) * conv.width; ++site)
-      normalise_site<T>(p, site);
+    const int64_t last = (image * conv.height + band.last) * conv.width;
+    constexpr int64_t group = lanes<accum_t<T>>;
+    for (int64_t site = (image * conv.height + band.first) * conv.width; site < last; site += group)
+      normalise_sites<T>(p, site, smaller(group, last - site));
   });
 }
 
@@ -180,42 +156,12 @@ void weight_grad(const DepthwiseConvWeightGrad& p, const Runner& run) {
 
 // ---- backward of the LayerNorm -----------------------------------------------------------------------------------
 template <class T>
-void layer_norm_backward_part(const LayerNormBackward& p, int64_t part) {
-  using A = accum_t<T>;
-  const int64_t channels = p.channels;
-  const A* weight = static_cast<const A*>(p.weight);
-  A *weight_sum = static_cast<A*>(p.workspace) + part * 2 * channels, *bias_sum = weight_sum + channels;
-  for (int64_t i = 0; i < 2 * channels; ++i) weight_sum[i] = 0;
-  const Range rows = part_of(p.rows, p.parts, part);
-  for (int64_t row = rows.first; row < rows.last; ++row) {
-    const T *grad = static_cast<const T*>(p.grad) + row * channels, *x = static_cast<const T*>(p.x) + row * channels;
-    T* grad_x = static_cast<T*>(p.grad_x) + row * channels;
-    const A mean = static_cast<const A*>(p.mean)[row], rstd = static_cast<const A*>(p.rstd)[row];
-    // With n the normalised row and g = grad * weight: grad_x = rstd * (g - mean(g) - n * mean(g * n)).
-    Vec<A> total_gn[2] = {};
-    int u = 0;
-    const A total_g = sum_vectors<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      const Vec<A> g = load_lanes<kFull>(grad + i, n) * load_lanes<kFull>(weight + i, n);
-      total_gn[u] += g * ((load_lanes<kFull>(x + i, n) - mean) * rstd);
-      u ^= 1;
-      return g;
-    });
-    const A mean_g = total_g / static_cast<A>(channels), mean_gn = sum(total_gn[0] + total_gn[1]) / static_cast<A>(channels);
-    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      const Vec<A> d = load_lanes<kFull>(grad + i, n), norm = (load_lanes<kFull>(x + i, n) - mean) * rstd;
-      store_lanes<kFull>(weight_sum + i, load_lanes<kFull>(weight_sum + i, n) + d * norm, n);
-      store_lanes<kFull>(bias_sum + i, load_lanes<kFull>(bias_sum + i, n) + d, n);
-      store_lanes<kFull>(grad_x + i, rstd * (d * load_lanes<kFull>(weight + i, n) - mean_g - norm * mean_gn), n);
-    });
-  }
-}
-
-template <class T>
 void layer_norm_backward(const LayerNormBackward& p, const Runner& run) {
   using A = accum_t<T>;
-  run(p.parts, [&](int64_t part) { layer_norm_backward_part<T>(p, part); });
+  run(p.parts, [&](int64_t part) {
+    A* sums = static_cast<A*>(p.workspace) + part * 2 * p.channels;
+    layer_norm_backward_part<T>(p, part_of(p.rows, p.parts, part), sums, sums + p.channels);
+  });
   run(2, [&](int64_t which) {
     A* total = static_cast<A*>(which == 0 ? p.grad_weight : p.grad_bias);
     for (int64_t i = 0; i < p.channels; ++i) total[i] = 0;
