@@ -336,6 +336,8 @@ def _where(visible: Tensor) -> Tensor:
 
 
 def _generator_device(generator: torch.Generator, device: torch.device | str | None) -> torch.device:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {kind(generator)}")
     own = generator.device
     wanted = own if device is None else torch.device(device)
     if wanted.type != own.type or (wanted.index != own.index and None not in (wanted.index, own.index)):
