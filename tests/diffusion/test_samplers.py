@@ -109,6 +109,21 @@ def test_inverse_leads_back_to_the_picture():
     assert torch.equal(d.invert(model, x0, y=y), d.invert(model, x0, refinements=1, y=y))
 
 
+def test_inverse_asks_for_the_noise_at_the_end_it_stands_at_then_at_the_end_it_came_to():
+    d = GaussianDiffusion(respacing="ddim4")
+    asked = []
+
+    def model(x, t):
+        asked.append(t[0].item())
+        return torch.cat([x, x], 1)
+
+    d.invert(model, torch.zeros(1, 1, 2, 2), refinements=0)
+    assert asked == [0, 0, 250, 500]
+    asked.clear()
+    d.invert(model, torch.zeros(1, 1, 2, 2), refinements=1)
+    assert asked == [0, 0, 0, 250, 250, 500, 500, 750]
+
+
 def test_inverse_of_samples_is_the_noise_they_came_from():
     d = GaussianDiffusion(respacing="250")
     toy, noise = Toy(d, mean=0.2, std=0.5), torch.randn(2, 3, 4, 4, generator=seeded())

@@ -1,0 +1,204 @@
+"""packed_attention and adaln_zero_attention: right, differentiable, and at home in PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from convdit import ops, reference
+from tests.ops import harness
+from tests.ops.harness import Case, randn
+
+library = torch.ops.convdit
+
+
+def packed_case(b, t, heads, d, label="", scale=None, **x):
+    return Case(
+        f"packed_attention {b}x{t} {heads}x{d} {label}",
+        ops.packed_attention,
+        reference.packed_attention,
+        lambda g: (randn(g, b, t, 3 * heads * d, **x),),
+        kwargs=dict(num_heads=heads, scale=scale),
+    )
+
+
+def block_case(b, t, heads, d, bias=True):
+    width = heads * d
+
+    def make(g):
+        small = width**-0.5
+        parameters = [randn(g, 3 * width, width, scale=small), randn(g, 3 * width) if bias else None]
+        parameters += [randn(g, width, width, scale=small), randn(g, width) if bias else None]
+        return randn(g, b, t, width), randn(g, b, 3, width), *parameters
+
+    name = f"adaln_zero_attention {b}x{t} {heads}x{d} {'' if bias else 'without biases'}"
+    return Case(name, ops.adaln_zero_attention, reference.adaln_zero_attention, make, kwargs=dict(num_heads=heads))
+
+
+PACKED = [
+    packed_case(2, 65, 6, 64),
+    packed_case(3, 7, 2, 5, "odd width"),
+    packed_case(1, 300, 1, 72, "one head"),
+    packed_case(2, 1, 3, 8, "one token"),
+    packed_case(2, 33, 4, 1, "width 1"),
+    packed_case(2, 9, 2, 16, "scale", scale=0.3),
+    packed_case(2, 40, 2, 16, "large mean", offset=30.0),
+    packed_case(2, 40, 2, 16, "large scores", scale=None),
+]
+BLOCK = [block_case(2, 17, 3, 8), block_case(2, 5, 1, 12, bias=False)]
+SMALL = [packed_case(2, 5, 3, 4), block_case(2, 5, 3, 4)]
+
+
+@pytest.mark.parametrize("case", PACKED + BLOCK, ids=str)
+def test_equals_reference_in_float64(case):
+    harness.assert_equals_reference(case)
+
+
+@pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
+@pytest.mark.parametrize("case", PACKED + BLOCK, ids=str)
+def test_error_rule(case, dtype):
+    harness.assert_error_rule(case, dtype)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradcheck(case):
+    harness.assert_gradcheck(case)
+
+
+@pytest.mark.parametrize("case", SMALL[:1], ids=str)
+def test_any_strides_and_alignment(case):
+    harness.assert_any_strides(case)
+
+
+@pytest.mark.parametrize("case", [packed_case(2, 65, 6, 64), packed_case(4, 300, 2, 24)], ids=str)
+def test_repeats_bitwise_for_any_number_of_threads(case):
+    harness.assert_repeats_for_any_threads(case)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_compiles_without_a_graph_break(case):
+    harness.assert_compiles(case)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_exports(case):
+    harness.assert_exports(case)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_vmap_equals_loop(case):
+    harness.assert_vmap_equals_loop(case)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24), (2, 5, 0), (0, 0, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_empty_inputs_keep_shape_and_autograd(shape, dtype):
+    qkv = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    out = ops.packed_attention(qkv, 2)
+    assert out.shape == (*shape[:2], shape[2] // 3) and out.dtype == dtype
+    out.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+def test_equal_keys_average_the_values():
+    qkv = torch.randn(2, 9, 3, 8)
+    qkv[:, :, 1] = 1.5
+    out = ops.packed_attention(qkv.flatten(2), 2)
+    torch.testing.assert_close(out, qkv[:, :, 2].mean(1, keepdim=True).expand_as(out))
+
+
+def test_result_may_be_changed_in_place():
+    qkv = torch.randn(2, 3, 24, requires_grad=True)
+    out = ops.packed_attention(qkv, 2)
+    assert out.is_contiguous()
+    out.mul_(2).sum().backward()
+    right = reference.packed_attention(qkv, 2).mul(2).sum()
+    torch.testing.assert_close(qkv.grad, torch.autograd.grad(right, qkv)[0])
+
+
+def test_slice_of_a_wider_tensor_is_read_in_place():
+    wide = torch.randn(2, 7, 40)
+    torch.testing.assert_close(ops.packed_attention(wide[..., 3:27], 2), reference.packed_attention(wide[..., 3:27], 2))
+
+
+def test_autocast_casts_as_pytorch_casts_attention():
+    qkv = torch.randn(2, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.packed_attention(qkv, 2)
+        assert out.dtype == F.scaled_dot_product_attention(*qkv.view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)).dtype
+    assert out.dtype == torch.bfloat16
+
+
+def test_autocast_keeps_the_dtype_of_the_residual_stream():
+    args = harness.inputs(SMALL[1], torch.float32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.adaln_zero_attention(*args, num_heads=3)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, reference.adaln_zero_attention(*args, num_heads=3), rtol=0.05, atol=0.1)
+    out.sum().backward()
+    assert all(a.grad is not None and a.grad.dtype == torch.float32 for a in args)
+
+
+def test_flops_count_two_matrix_products_forward_and_five_backward():
+    qkv = torch.randn(2, 5, 24, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ops.packed_attention(qkv, 2).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 5 * 5 * 8
+
+
+def test_opcheck():
+    qkv = torch.randn(2, 5, 24)
+    out, log_sum_exp = library.packed_attention_fwd(qkv, 2, 0.5)
+    torch.library.opcheck(library.packed_attention_fwd.default, (qkv, 2, 0.5))
+    torch.library.opcheck(library.packed_attention_bwd.default, (out, qkv, out, log_sum_exp, 2, 0.5))
+
+
+def test_jvp_raises_rather_than_giving_zeros():
+    qkv = torch.randn(2, 3, 24)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: ops.packed_attention(x, 2), (qkv,), (qkv,))
+
+
+def test_double_backward_raises_a_clear_error():
+    qkv = torch.randn(2, 3, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.packed_attention(qkv, 2).square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "qkv, heads, error, message",
+    [
+        (torch.zeros(5, 24), 2, ValueError, r"qkv: expected shape \(B, T, 3 D\), got \(5, 24\)"),
+        (torch.zeros(2, 5, 24), 5, ValueError, "num_heads: expected a number of heads that divides D = 8, got 5"),
+        (torch.zeros(2, 5, 25), 2, ValueError, "num_heads: .*got 2"),
+        (torch.zeros(2, 5, 24), 0, ValueError, "num_heads: .*got 0"),
+        (torch.zeros(2, 5, 24), 2.0, ValueError, "num_heads: .*got 2.0"),
+        (torch.zeros(2, 5, 24, dtype=torch.int32), 2, TypeError, "qkv: expected float32.*got int32"),
+        (None, 2, TypeError, "qkv: expected a tensor, got NoneType"),
+    ],
+)
+def test_bad_arguments_are_named(qkv, heads, error, message):
+    with pytest.raises(error, match=message):
+        ops.packed_attention(qkv, heads)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=torch.zeros(5, 8)), ValueError, r"x: expected shape \(B, T, D\), got \(5, 8\)"),
+        (dict(modulation=torch.zeros(2, 2, 8)), ValueError, r"modulation: expected shape \(2, 3, 8\), got \(2, 2, 8\)"),
+        (dict(modulation=torch.zeros(2, 24)), ValueError, r"modulation: expected shape \(2, 3, 8\), got \(2, 24\)"),
+        (dict(num_heads=3), ValueError, "num_heads: .*got 3"),
+        (dict(modulation=torch.zeros(2, 3, 8).double()), TypeError, "shift: expected the dtype of x"),
+    ],
+)
+def test_bad_arguments_of_the_block_are_named(change, error, message):
+    good = dict(x=torch.zeros(2, 5, 8), modulation=torch.zeros(2, 3, 8), num_heads=2)
+    good |= dict(qkv_weight=torch.zeros(24, 8), qkv_bias=None, proj_weight=torch.zeros(8, 8), proj_bias=None)
+    with pytest.raises(error, match=message):
+        ops.adaln_zero_attention(**(good | change))
+
+
+def test_every_cpu_level():
+    harness.assert_every_cpu_level(__file__, "equals_reference and adaln")
