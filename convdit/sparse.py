@@ -47,7 +47,9 @@ def random_patch_mask(
     kept = visible_patches(rows * columns, ratio)
     if generator is not None:
         device = _generator_device(generator, device)
-    noise = torch.rand(n, rows * columns, generator=generator, device=device)
+    # torch.compile refuses a generator=None beside a batch of unknown size.
+    source = {} if generator is None else {"generator": generator}
+    noise = torch.rand(n, rows * columns, device=device, **source)
     removed = torch.ones_like(noise, dtype=torch.bool)
     removed = removed.scatter(1, noise.argsort(1)[:, :kept], False)
     return removed.view(n, rows, columns)
