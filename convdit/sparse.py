@@ -47,7 +47,9 @@ def random_patch_mask(
     kept = visible_patches(rows * columns, ratio)
     if generator is not None:
         device = _generator_device(generator, device)
-    noise = torch.rand(n, rows * columns, generator=generator, device=device)
+    # torch.compile refuses a generator=None beside a batch of unknown size.
+    source = {} if generator is None else {"generator": generator}
+    noise = torch.rand(n, rows * columns, device=device, **source)
     removed = torch.ones_like(noise, dtype=torch.bool)
     removed = removed.scatter(1, noise.argsort(1)[:, :kept], False)
     return removed.view(n, rows, columns)
@@ -336,6 +338,8 @@ def _where(visible: Tensor) -> Tensor:
 
 
 def _generator_device(generator: torch.Generator, device: torch.device | str | None) -> torch.device:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {kind(generator)}")
     own = generator.device
     wanted = own if device is None else torch.device(device)
     if wanted.type != own.type or (wanted.index != own.index and None not in (wanted.index, own.index)):

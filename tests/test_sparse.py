@@ -195,6 +195,7 @@ def errors():
         r"grid: expected 2 whole numbers, got 7 \(type\)": lambda: random_patch_mask(2, 7, 0.6),
         r"n: expected a number of images, got 2.0 \(type\)": lambda: random_patch_mask(2.0, (7, 7), 0.6),
         r"ratio: expected .* got 'half' \(type\)": lambda: random_patch_mask(2, (7, 7), "half"),
+        r"generator: expected a torch.Generator, got int \(type\)": lambda: random_patch_mask(2, (7, 7), 0.6, 3),
         "device: expected the device of the generator, cpu, got cuda": lambda: random_patch_mask(
             2, (7, 7), 0.6, torch.Generator(), "cuda"
         ),

@@ -165,11 +165,11 @@ class GaussianDiffusion:
         model in eval mode first, or it may drop labels.
         """
         if sampler not in ("ddpm", "ddim") and not hasattr(sampler, "set_timesteps"):
-            raise ValueError(f'sampler must be "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}')
+            raise ValueError(f'sampler: expected "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}')
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in 0..1, got {eta}")
+            raise ValueError(f"eta: expected a number in 0..1, got {eta}")
         if sampler == "ddpm" and eta:
-            raise ValueError(f'eta is for the sampler "ddim", got eta={eta} for "ddpm"')
+            raise ValueError(f'eta: expected 0 for the sampler "ddpm", got {eta}')
         x = samplers.starting_noise(model, shape, noise, generator, device)
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -135,7 +135,7 @@ def starting_noise(
     shape = tuple(shape)
     if noise is not None:
         if tuple(noise.shape) != shape:
-            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")
+            raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
         return full_precision(noise)
     if device is None:
         module = getattr(model, "__self__", model)  # a bound method, such as forward_with_cfg

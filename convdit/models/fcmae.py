@@ -232,6 +232,7 @@ class FCMAE(nn.Module):
         if mask is None or torch.compiler.is_compiling():
             kept = self._visible(grid)
         if mask is None:
+            # A mask may be drawn elsewhere than the images are: one seed serves every device.
             device = None if generator is not None else images.device
             mask = random_patch_mask(n, grid, self.mask_ratio, generator, device).to(images.device)
         else:

@@ -120,11 +120,16 @@ class DiTBlock(nn.Module):
         check_whole("num_heads", num_heads, 1)
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size: expected a multiple of num_heads {num_heads}, got {hidden_size}")
+        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)):
+            raise TypeError(f"mlp_ratio: expected a number, got {mlp_ratio!r}")
+        width = int(hidden_size * mlp_ratio)
+        if width < 1:
+            raise ValueError(f"mlp_ratio: expected one that leaves a width of at least 1, got {mlp_ratio}")
         self.conditioning = conditioning
         self.hidden_size = hidden_size
         rows = MODULATION_ROWS[conditioning]
         self.attn = Attention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, width)
         if rows:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size))
             self.zero_modulation()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import autocast, check_floating, library, needs_grad, parameter, register_vmap
+from ._common import autocast, autocast_enabled, check_floating, library, needs_grad, parameter, register_vmap
 from .depthwise_conv import depthwise_conv2d_layer_norm
 from .grn import gelu_grn
 
@@ -140,7 +140,7 @@ def _composite(
 
 
 def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_autocast_enabled(y.device.type):  # it casts, and keeps what it cast
+    if autocast_enabled(y):  # it casts, and keeps what it cast
         return F.linear(y, weight, bias)
     return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
 

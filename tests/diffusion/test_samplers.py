@@ -210,11 +210,11 @@ def test_progress_bar_can_be_asked_for(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "euler"}, "sampler must be \"ddpm\", \"ddim\" or a diffusers scheduler, got 'euler'"),
-        ({"sampler": None}, "sampler must be"),
-        ({"sampler": "ddpm", "eta": 0.5}, 'eta is for the sampler "ddim"'),
-        ({"sampler": "ddim", "eta": -0.1}, "eta must be in 0..1, got -0.1"),
-        ({"noise": torch.zeros(1, 3, 4, 5)}, r"noise must have the shape \(1, 3, 4, 4\)"),
+        ({"sampler": "euler"}, 'sampler: expected "ddpm", "ddim" or a diffusers scheduler, got .euler.'),
+        ({"sampler": None}, "sampler: expected"),
+        ({"sampler": "ddpm", "eta": 0.5}, 'eta: expected 0 for the sampler "ddpm", got 0.5'),
+        ({"sampler": "ddim", "eta": -0.1}, "eta: expected a number in 0..1, got -0.1"),
+        ({"noise": torch.zeros(1, 3, 4, 5)}, r"noise: expected shape \(1, 3, 4, 4\)"),
     ],
 )
 def test_wrong_request_is_named(options, message):

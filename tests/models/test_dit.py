@@ -300,6 +300,7 @@ def test_wrong_input_is_named(change, error, message):
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob: expected a rate in \[0, 1\], got 1.5"),
         ({"patch_size": 0}, "patch_size: .* got 0"),
         ({"num_heads": 0}, "num_heads: .* got 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio: .* got 0"),
         ({"depth": -1}, "depth: .* got -1"),
         ({"num_classes": -1}, "num_classes: .* got -1"),
         ({"input_size": (4, 4, 4)}, "input_size: expected 2 whole numbers"),

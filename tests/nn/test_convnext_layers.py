@@ -178,6 +178,8 @@ def test_layers_take_device_and_dtype():
         (lambda: nn.GlobalResponseNorm(0), "dim: .* got 0"),
         (lambda: nn.LayerNorm(0), "dim: .* got 0"),
         (lambda: nn.ConvNeXtBlock(-4), "dim: .* got -4"),
+        (lambda: nn.Stem(3, 8, 0), "stride: .* got 0"),
+        (lambda: nn.Downsample(4, 0), "out_dim: .* got 0"),
         (lambda: nn.DepthwiseConv2d(4, 4), "kernel_size: .* got 4"),
         (lambda: nn.DepthwiseConv2d(4, 33), "kernel_size: .* got 33"),
         (lambda: nn.ConvNeXtBlock(4, version=3), "version: .* got 3"),
