@@ -18,7 +18,8 @@ __global__ void forward_rows(Adaln p, bool whole) {
   constexpr int vector = kVector<T>;
   const int64_t width = p.width, rows = p.batch * p.tokens;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t row = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp; row < rows; row += int64_t{gridDim.x} * kThreads / kWarp) {
+  const int64_t first = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp, step = int64_t{gridDim.x} * kThreads / kWarp;
+  for (int64_t row = first; row < rows; row += step) {
     const int64_t parameters = row / p.tokens * width;
     const T* residual = static_cast<const T*>(p.x) + row * width;
     if (p.y) {

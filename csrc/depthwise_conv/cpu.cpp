@@ -75,7 +75,8 @@ void forward(const DepthwiseConv& p, const Runner& run) {
   run(tasks.planes, [&](int64_t plane) { pack_weights<accum_t<T>>(p, plane); });
   run(p.batch * tasks.bands * tasks.groups, [&](int64_t task) {
     const int64_t image = task / tasks.groups / tasks.bands;
-    const Range planes = tasks.planes_of(task % tasks.groups), band = part_of(p.height, tasks.bands, task / tasks.groups % tasks.bands);
+    const Range planes = tasks.planes_of(task % tasks.groups);
+    const Range band = part_of(p.height, tasks.bands, task / tasks.groups % tasks.bands);
     for (int64_t plane = planes.first; plane < planes.last; ++plane) forward_plane<T>(p, image, plane, band);
   });
 }
@@ -112,7 +113,8 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t pl
     pass_rows(static_cast<const T*>(p.x) + offset, map, band, c,
               [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows, const T* ahead) {
       alignas(kVectorBytes) A row[kStrip * lanes<A>];
-      const T *from = grad + (h * p.width + strip.first) * p.channels, *from_ahead = h + 1 < band.last ? from + p.width * p.channels : nullptr;
+      const T* from = grad + (h * p.width + strip.first) * p.channels;
+      const T* from_ahead = h + 1 < band.last ? from + p.width * p.channels : nullptr;
       const A* g = row;
       int64_t g_step = lanes<A>;
       bool copy = true;

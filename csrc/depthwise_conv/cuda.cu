@@ -155,7 +155,8 @@ __global__ void normalise_sites(DepthwiseConvLayerNorm p, bool whole) {
   const int64_t channels = p.conv.channels, sites = p.conv.batch * p.conv.height * p.conv.width;
   const int lane = threadIdx.x % kWarp;
   const A *weight = static_cast<const A*>(p.ln_weight), *bias = static_cast<const A*>(p.ln_bias);
-  for (int64_t site = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp; site < sites; site += int64_t{gridDim.x} * kThreads / kWarp) {
+  const int64_t first = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp, step = int64_t{gridDim.x} * kThreads / kWarp;
+  for (int64_t site = first; site < sites; site += step) {
     const T* y = static_cast<const T*>(p.conv.y) + site * channels;
     T* out = static_cast<T*>(p.out) + site * channels;
     A mean, rstd;

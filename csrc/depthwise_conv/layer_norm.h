@@ -13,7 +13,7 @@ namespace {
 // Lane i of the result is the sum of the lanes of rows[i].
 template <class A>
 CONVDIT_INLINE Vec<A> sum_each(Vec<A>* rows) {
-  transpose(rows);
+  transpose<A>(rows);
   for (int step = 1; step < lanes<A>; step *= 2)
     for (int i = 0; i < lanes<A>; i += 2 * step) rows[i] += rows[i + step];
   return rows[0];
