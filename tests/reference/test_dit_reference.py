@@ -48,9 +48,7 @@ def test_attention_half_is_made_of_its_parts():
     normed = F.layer_norm(x, (8,), eps=1e-6) * (1 + modulation[:, 1:2]) + modulation[:, :1]
     attended = reference.packed_attention(normed @ qkv_weight.T + qkv_bias, 2)
     expected = x + modulation[:, 2:] * (attended @ proj_weight.T + proj_bias)
-    output = reference.adaln_zero_attention(
-        x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias, 2
-    )
+    output = reference.adaln_zero_attention(x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias, 2)
     torch.testing.assert_close(output, expected)
 
 
