@@ -47,9 +47,7 @@ def flops(model: nn.Module, *inputs: Any) -> FlopCount:
         counts = _count(lambda: model(*inputs))
     root = type(model).__name__ + "."
     by_module = {
-        name.removeprefix(root): sum(ops.values()) // 2
-        for name, ops in counts.items()
-        if name.startswith(root)
+        name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counts.items() if name.startswith(root)
     }
     macs = sum(counts.get("Global", {}).values()) // 2
     return FlopCount(macs, sum(p.numel() for p in model.parameters()), by_module)
