@@ -52,20 +52,20 @@ def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_bwd_input")
+@torch.library.register_fake("convdit::depthwise_conv2d_input_grad")
 def _(grad, weight):
     return grad.new_empty(grad.shape)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_bwd_weight")
+@torch.library.register_fake("convdit::depthwise_conv2d_weight_grad")
 def _(grad, x, kernel_size):
     channels, dtype = x.shape[-1], accumulate_dtype(x.dtype)
     return x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype), x.new_empty((channels,), dtype=dtype)
 
 
 register_vmap("depthwise_conv2d_fwd", folded=(0,))
-register_vmap("depthwise_conv2d_bwd_input", folded=(0,))
-register_vmap("depthwise_conv2d_bwd_weight", folded=())
+register_vmap("depthwise_conv2d_input_grad", folded=(0,))
+register_vmap("depthwise_conv2d_weight_grad", folded=())
 
 
 def _flops(shape: torch.Size, kernel_size: int) -> int:
@@ -78,12 +78,12 @@ def _(x_shape, weight_shape, *_args, **_kwargs) -> int:
     return _flops(x_shape, weight_shape[-1])
 
 
-@register_flop_formula(torch.ops.convdit.depthwise_conv2d_bwd_input)
+@register_flop_formula(torch.ops.convdit.depthwise_conv2d_input_grad)
 def _(grad_shape, weight_shape, *_args, **_kwargs) -> int:
     return _flops(grad_shape, weight_shape[-1])
 
 
-@register_flop_formula(torch.ops.convdit.depthwise_conv2d_bwd_weight)
+@register_flop_formula(torch.ops.convdit.depthwise_conv2d_weight_grad)
 def _(grad_shape, x_shape, kernel_size, *_args, **_kwargs) -> int:
     return _flops(x_shape, kernel_size)
 
@@ -111,10 +111,10 @@ def _conv_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each only where it is needed."""
-    grad_x = library.depthwise_conv2d_bwd_input(grad, weight) if needed[0] else None
+    grad_x = library.depthwise_conv2d_input_grad(grad, weight) if needed[0] else None
     grad_weight = grad_bias = None
     if needed[1]:
-        grad_weight, grad_bias = library.depthwise_conv2d_bwd_weight(grad, x, weight.shape[-1])
+        grad_weight, grad_bias = library.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1])
     elif needed[2]:
         grad_bias = grad.sum((0, 1, 2), dtype=weight.dtype)
     return grad_x, grad_weight, grad_bias if needed[2] else None

@@ -60,7 +60,7 @@ Tensor depthwise_conv2d_fwd(const Tensor& x_in, const Tensor& weight_in, const s
   return y;
 }
 
-Tensor depthwise_conv2d_bwd_input(const Tensor& grad_in, const Tensor& weight_in) {
+Tensor depthwise_conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in) {
   check_map("grad", grad_in);
   const Tensor weight = check_weight(weight_in, grad_in);
   const Tensor grad = dense(grad_in), grad_x = allocate_like(grad);
@@ -80,7 +80,7 @@ int64_t sum_parts(int64_t rows, int64_t row_bytes, int64_t tasks_per_part) {
   return std::max<int64_t>(1, std::min(rows, std::max(ceil_div(kTasks, tasks_per_part), ceil_div(rows * row_bytes, kPartBytes))));
 }
 
-std::tuple<Tensor, Tensor> depthwise_conv2d_bwd_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel) {
+std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, int64_t kernel) {
   check_map("x", x_in);
   check_kernel_size("kernel_size", kernel);
   check_same_device("grad", grad_in, "x", x_in);
@@ -155,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(
 #ifdef CONVDIT_SCHEMAS
 CONVDIT_SCHEMAS(m) {
   m.def("depthwise_conv2d_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("depthwise_conv2d_bwd_input(Tensor grad, Tensor weight) -> Tensor");
-  m.def("depthwise_conv2d_bwd_weight(Tensor grad, Tensor x, int kernel_size) -> (Tensor, Tensor)");
+  m.def("depthwise_conv2d_input_grad(Tensor grad, Tensor weight) -> Tensor");
+  m.def("depthwise_conv2d_weight_grad(Tensor grad, Tensor x, int kernel_size) -> (Tensor, Tensor)");
   m.def(
       "depthwise_conv2d_layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor ln_weight, Tensor ln_bias, float eps, bool save)"
       " -> (Tensor out, Tensor conv, Tensor mean, Tensor rstd)");
@@ -168,8 +168,8 @@ CONVDIT_SCHEMAS(m) {
 
 CONVDIT_KERNELS(m) {
   m.impl("depthwise_conv2d_fwd", TORCH_BOX(&depthwise_conv2d_fwd));
-  m.impl("depthwise_conv2d_bwd_input", TORCH_BOX(&depthwise_conv2d_bwd_input));
-  m.impl("depthwise_conv2d_bwd_weight", TORCH_BOX(&depthwise_conv2d_bwd_weight));
+  m.impl("depthwise_conv2d_input_grad", TORCH_BOX(&depthwise_conv2d_input_grad));
+  m.impl("depthwise_conv2d_weight_grad", TORCH_BOX(&depthwise_conv2d_weight_grad));
   m.impl("depthwise_conv2d_layer_norm_fwd", TORCH_BOX(&depthwise_conv2d_layer_norm_fwd));
   m.impl("depthwise_conv2d_layer_norm_bwd", TORCH_BOX(&depthwise_conv2d_layer_norm_bwd));
 }

@@ -209,8 +209,8 @@ def test_opcheck():
     calls = [
         ("depthwise_conv2d_fwd", (x, weight, bias)),
         ("depthwise_conv2d_fwd", (x, weight, None)),
-        ("depthwise_conv2d_bwd_input", (x, weight)),
-        ("depthwise_conv2d_bwd_weight", (x, out, 7)),
+        ("depthwise_conv2d_input_grad", (x, weight)),
+        ("depthwise_conv2d_weight_grad", (x, out, 7)),
         ("depthwise_conv2d_layer_norm_fwd", (x, weight, bias, bias, bias, 1e-6, True)),
         ("depthwise_conv2d_layer_norm_fwd", (x, weight, None, bias, bias, 1e-6, False)),
         ("depthwise_conv2d_layer_norm_bwd", (out, conv, bias, mean, rstd)),
@@ -254,9 +254,9 @@ def test_bad_arguments_are_named(change, error, message):
 def test_a_gradient_of_another_shape_is_refused():
     x = torch.zeros(2, 3, 5, 8)
     with pytest.raises(RuntimeError, match=r"grad: expected shape \(2, 3, 5, 8\), got \(2, 3, 4, 8\)"):
-        library.depthwise_conv2d_bwd_weight(x[:, :, 1:], x, 7)
+        library.depthwise_conv2d_weight_grad(x[:, :, 1:], x, 7)
     with pytest.raises(RuntimeError, match="kernel_size: expected an odd kernel size from 1 to 31, got 6"):
-        library.depthwise_conv2d_bwd_weight(x, x, 6)
+        library.depthwise_conv2d_weight_grad(x, x, 6)
 
 
 def test_reads_no_value_from_outside_the_map():
