@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 
 .PHONY: help demo test test-all bench lint clean
 help:
-	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/index.html"
+	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests (slow ones: make test-all)"
 	@echo "make bench     time the operators against PyTorch"
 	@echo "make lint      ruff"
