@@ -121,14 +121,15 @@ inline void block4(const Forward<float>& f, int64_t block, int64_t vector, int64
 
 template <int B>
 void forward_blocks(const Forward<float>& f, const Runner& run) {
-  constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8;
+  constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8, kVectorsAtOnce = 12;
   const int64_t blocks = f.p.blocks, vectors = special_vectors(f.p.channels);
   run((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t task) {
     const int64_t first = task * kBlocksPerTask, end = least(first + kBlocksPerTask, blocks);
-    for (int64_t vector = 0; vector < vectors; ++vector) {
-      const int64_t n = f.lanes_of(vector);
-      for (int64_t block = first; block < end; ++block) B == 8 ? block8(f, block, vector, n) : block4(f, block, vector, n);
-    }
+    // Few vectors at once, so that their weights stay in the first-level cache; block by block, as memory has them.
+    for (int64_t begin = 0; begin < vectors; begin += kVectorsAtOnce)
+      for (int64_t block = first; block < end; ++block)
+        for (int64_t vector = begin; vector < least(begin + kVectorsAtOnce, vectors); ++vector)
+          B == 8 ? block8(f, block, vector, f.lanes_of(vector)) : block4(f, block, vector, f.lanes_of(vector));
   });
 }
 

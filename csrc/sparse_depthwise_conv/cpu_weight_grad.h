@@ -27,15 +27,19 @@ struct Pair {
   int32_t out, in;
 };
 
+// Each group's sum starts from zero: fewer terms meet a large total, so less is rounded away.
+template <class A, class V>
+CONVDIT_INLINE void add_to(A* sum, V total) { store(sum, load(sum) + total); }
+
 template <class A>
 void add_bias_sums(A* sums, const A* grad, int64_t rows, int64_t channels, int64_t n) {
-  Vec<A> total[4] = {load(sums)};
+  Vec<A> total[4] = {};
   int64_t row = 0;
   if (n == lanes<A>)
     for (; row + 4 <= rows; row += 4)
       unroll<4>([&]<int r>() CONVDIT_FLAT { total[r] += load(grad + (row + r) * channels); });
   for (; row < rows; ++row) total[0] += load(grad + row * channels, n);
-  store(sums, (total[0] + total[1]) + (total[2] + total[3]));
+  add_to(sums, (total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // ---- blocks of 8, 4 and 2 -----------------------------------------------------------------------------------------
@@ -68,20 +72,19 @@ void add_pairs(float* const* sums, const Pair* pairs, int count, int dy, const f
   for (int kh = most(0, dy * B - (B - 1) + kHalf); kh <= least(kSide - 1, dy * B + B - 1 + kHalf); ++kh) {
     const int shift = kh - kHalf - dy * B;  // output row r meets the input block's row r + shift
     const int top = most(0, -shift), bottom = least(B - 1, B - 1 - shift);
-    Vec<float> total[V * C::kCount];
-    const auto taps = [&](int v) CONVDIT_FLAT { return sums[v] + (kh * kSide + C::kLeft) * kFloats; };
-    unroll<V>([&]<int v>() CONVDIT_FLAT {
-      unroll<C::kCount>([&]<int k>() CONVDIT_FLAT { total[v * C::kCount + k] = load(taps(v) + k * kFloats); });
-    });
-    for (int i = 0; i < count; ++i) {
-      const float* g = grad + (int64_t{pairs[i].out} * B + top) * B * channels;
-      const float* in = x + (int64_t{pairs[i].in} * B + top + shift) * B * channels;
-      for (int r = top; r <= bottom; ++r, g += B * channels, in += B * channels)
-        unroll<V>([&]<int v>() CONVDIT_FLAT { C::add(total + v * C::kCount, g + v * kFloats, in + v * kFloats, channels, n); });
+    for (int first = top; first <= bottom; first += 4) {  // 4 rows: sums of more would lose digits
+      const int last = least(first + 3, bottom);
+      Vec<float> total[V * C::kCount] = {};
+      for (int i = 0; i < count; ++i) {
+        const float* g = grad + (int64_t{pairs[i].out} * B + first) * B * channels;
+        const float* in = x + (int64_t{pairs[i].in} * B + first + shift) * B * channels;
+        for (int r = first; r <= last; ++r, g += B * channels, in += B * channels)
+          unroll<V>([&]<int v>() CONVDIT_FLAT { C::add(total + v * C::kCount, g + v * kFloats, in + v * kFloats, channels, n); });
+      }
+      unroll<V>([&]<int v>() CONVDIT_FLAT {
+        unroll<C::kCount>([&]<int k>() CONVDIT_FLAT { add_to(sums[v] + (kh * kSide + C::kLeft + k) * kFloats, total[v * C::kCount + k]); });
+      });
     }
-    unroll<V>([&]<int v>() CONVDIT_FLAT {
-      unroll<C::kCount>([&]<int k>() CONVDIT_FLAT { store(taps(v) + k * kFloats, total[v * C::kCount + k]); });
-    });
   }
 }
 
@@ -92,9 +95,7 @@ void add_pairs2(float* const* sums, const Pair* pairs, int count, const float* g
   using R = Columns<B, Dy>;  // rows, by the same rule
   using C = Columns<B, Dx>;
   constexpr int kCount = R::kCount * C::kCount;
-  Vec<float> total[V * kCount];
-  const auto tap = [&](int v, int k) CONVDIT_FLAT { return sums[v] + ((R::kLeft + k / C::kCount) * kSide + C::kLeft + k % C::kCount) * kFloats; };
-  unroll<V>([&]<int v>() CONVDIT_FLAT { unroll<kCount>([&]<int k>() CONVDIT_FLAT { total[v * kCount + k] = load(tap(v, k)); }); });
+  Vec<float> total[V * kCount] = {};
   for (int i = 0; i < count; ++i) {
     const float* g = grad + int64_t{pairs[i].out} * B * B * channels;
     const float* in = x + int64_t{pairs[i].in} * B * B * channels;
@@ -108,13 +109,17 @@ void add_pairs2(float* const* sums, const Pair* pairs, int count, const float* g
       });
     });
   }
-  unroll<V>([&]<int v>() CONVDIT_FLAT { unroll<kCount>([&]<int k>() CONVDIT_FLAT { store(tap(v, k), total[v * kCount + k]); }); });
+  unroll<V>([&]<int v>() CONVDIT_FLAT {
+    unroll<kCount>([&]<int k>() CONVDIT_FLAT {
+      add_to(sums[v] + ((R::kLeft + k / C::kCount) * kSide + C::kLeft + k % C::kCount) * kFloats, total[v * kCount + k]);
+    });
+  });
 }
 
 // A group of output blocks, and its pairs by the offset of their neighbours.
 template <int B>
 struct Group {
-  static constexpr int kRadius = (kHalf + B - 1) / B, kAround = 2 * kRadius + 1, kBlocks = B == 8 ? 2 : B == 4 ? 8 : 32;
+  static constexpr int kRadius = (kHalf + B - 1) / B, kAround = 2 * kRadius + 1, kBlocks = B == 8 ? 1 : B == 4 ? 4 : 8;
   Pair pairs[kAround * kAround][kBlocks];
   int count[kAround * kAround];
   int64_t first, blocks;
@@ -186,14 +191,15 @@ void add_site_group(const WeightGrad<A>& w, const Pair (*pairs)[kSitesPerGroup],
   const int64_t channels = w.p.channels, kernel = w.p.kernel;
   const A *grad = w.grad + vector * lanes<A>, *x = w.x + vector * lanes<A>;
   for (int64_t kx = 0; kx < kernel; ++kx) {
-    const auto sums = [&](int v) CONVDIT_FLAT { return w.sums(chunk, vector + v) + (ky * kernel + kx) * lanes<A>; };
-    Vec<A> total[V];
-    unroll<V>([&]<int v>() CONVDIT_FLAT { total[v] = load(sums(v)); });
-    for (int i = 0; i < count[kx]; ++i) {
-      const A *g = grad + pairs[kx][i].out * channels, *in = x + pairs[kx][i].in * channels;
+    Vec<A> even[V] = {}, odd[V] = {};  // two sums: fewer additions wait for one another, and fewer digits are lost
+    const auto add = [&](Vec<A>* total, Pair pair) CONVDIT_FLAT {
+      const A *g = grad + pair.out * channels, *in = x + pair.in * channels;
       unroll<V>([&]<int v>() CONVDIT_FLAT { total[v] += load_lanes<Full>(g + v * lanes<A>, n) * load_lanes<Full>(in + v * lanes<A>, n); });
-    }
-    unroll<V>([&]<int v>() CONVDIT_FLAT { store(sums(v), total[v]); });
+    };
+    int i = 0;
+    for (; i + 2 <= count[kx]; i += 2) add(even, pairs[kx][i]), add(odd, pairs[kx][i + 1]);
+    if (i < count[kx]) add(even, pairs[kx][i]);
+    unroll<V>([&]<int v>() CONVDIT_FLAT { add_to(w.sums(chunk, vector + v) + (ky * kernel + kx) * lanes<A>, even[v] + odd[v]); });
   }
 }
 

@@ -76,14 +76,15 @@ CASES = [case(patches(block), channels) for block in (8, 4, 2, 1) for channels i
 CASES += [case(from_visible(mask, block), 20, label=name) for name, mask in MASKS.items() for block in (8, 4, 2, 1)]
 CASES += [
     case(from_visible(random_visible(0.3, 2, 13, 11)), 81, label="any mask"),
-    case(patches(8), 1),
+    case(patches(8), 5),
     case(patches(2, n=9), 160, label="several tasks"),
     case(patches(1, n=9, grid=(7, 7)), 96, label="several tasks"),
     case(patches(4), 36, bias=False, label="without bias"),
     case(patches(8), 17, label="large mean", offset=30.0),
     case(patches(1), 17, label="small values", scale=1e-3),
 ]
-CASES += [case(patches(block), 20, kernel) for block, kernel in [(8, 3), (4, 5), (2, 9), (1, 1), (1, 3), (3, 7), (16, 7), (5, 31)]]
+OTHERS = [(8, 3), (4, 5), (2, 9), (1, 1), (1, 3), (3, 7), (16, 7), (5, 31)]  # block, kernel
+CASES += [case(patches(block), 20, kernel) for block, kernel in OTHERS]
 SMALL = [case(patches(block, grid=(2, 3)), 3, kernel) for block, kernel in [(2, 7), (1, 7), (2, 3)]]
 LAYERS = [case(patches(block, grid=(3, 3)), 19) for block in (8, 4, 2, 1)]
 
@@ -254,11 +255,11 @@ def test_double_backward_raises_a_clear_error():
         (dict(features=torch.zeros(31, 8)), ValueError, r"features: expected shape \(32, C\), got \(31, 8\)"),
         (dict(features=torch.zeros(32, 8, 1)), ValueError, r"features: expected shape \(32, C\)"),
         (dict(features=torch.zeros(32, 8, dtype=torch.int32)), TypeError, "features: expected float32.*got int32"),
-        (dict(weight=torch.zeros(9, 1, 7, 7)), ValueError, r"weight: expected shape \(8, 1, K, K\) with K odd, got \(9, 1, 7, 7\)"),
+        (dict(weight=torch.zeros(9, 1, 7, 7)), ValueError, r"weight: expected shape \(8, 1, K, K\).*got \(9, 1"),
         (dict(weight=torch.zeros(8, 1, 4, 4)), ValueError, r"weight: .*K odd, got \(8, 1, 4, 4\)"),
         (dict(weight=torch.zeros(8, 1, 7, 5)), ValueError, r"weight: .*got \(8, 1, 7, 5\)"),
         (dict(weight=torch.zeros(8, 7, 7)), ValueError, r"weight: .*got \(8, 7, 7\)"),
-        (dict(weight=torch.zeros(8, 1, 47, 47)), RuntimeError, "weight: expected an odd kernel size of at most 45, got 47"),
+        (dict(weight=torch.zeros(8, 1, 47, 47)), RuntimeError, "weight: .*odd kernel size of at most 45, got 47"),
         (dict(weight=torch.zeros(8, 1, 7, 7).double()), TypeError, "weight: expected the dtype of x.*got float64"),
         (dict(bias=torch.zeros(9)), RuntimeError, r"bias: expected shape \(8\), got \(9\)"),
         (dict(bias=torch.zeros(8, device="meta")), RuntimeError, r"bias: expected the device of x"),
