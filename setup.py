@@ -44,6 +44,7 @@ class CMakeBuild(build_ext):
             "-DCONVDIT_TESTS=OFF",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCONVDIT_OUTPUT={out}",
+            f"-DCONVDIT_CUDA={os.environ.get('CONVDIT_CUDA') or 'auto'}",  # also where an earlier build said otherwise
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]

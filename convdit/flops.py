@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,25 +33,29 @@ def flops(model: nn.Module, *inputs: Any) -> FlopCount:
     """Multiply-adds of `model(*inputs)` in convolutions and matrix products, and its parameters.
 
     The papers of this field call multiply-adds "FLOPs". Norms, activations and other element-wise
-    work do not count. The model runs once on meta tensors, which takes no memory and hardly any
-    time at any size; a model that looks at values, which meta tensors lack, runs on the inputs as
-    they are. Operators of this package count by formulas that they register with PyTorch.
+    work do not count. The model runs once on fake tensors, which have shapes but no values: no
+    memory, and little time at any size, also for a model built on the "meta" device. A model that
+    looks at values runs on the inputs as they are. Operators of this package count by formulas that
+    they register with PyTorch.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    to_meta = lambda tensor: tensor.to("meta")  # noqa: E731
     try:
-        meta = tree_map_only(torch.Tensor, to_meta, (state, inputs))
-        counts = _count(lambda: torch.func.functional_call(model, *meta))
+        with FakeTensorMode():
+            fakes = tree_map_only(torch.Tensor, _valueless, (state, inputs))
+            counts = _count(lambda: torch.func.functional_call(model, *fakes))
     except Exception:  # whatever it is, the real run either has no such trouble or says it better
         counts = _count(lambda: model(*inputs))
     root = type(model).__name__ + "."
     by_module = {
-        name.removeprefix(root): sum(ops.values()) // 2
-        for name, ops in counts.items()
-        if name.startswith(root)
+        name.removeprefix(root): sum(ops.values()) // 2 for name, ops in counts.items() if name.startswith(root)
     }
     macs = sum(counts.get("Global", {}).values()) // 2
     return FlopCount(macs, sum(p.numel() for p in model.parameters()), by_module)
+
+
+def _valueless(tensor: torch.Tensor) -> torch.Tensor:
+    """Like the tensor, on the CPU whatever its device: the count is the same everywhere."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _count(run: Callable[[], Any]) -> dict[str, dict[Any, int]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from convdit._checks import check_device, check_floating, check_rate, check_tensor, check_whole, kind, whole_numbers
 from convdit.ops.sites import neighbors
 
 __all__ = ["ActiveSites", "SparseTensor2d", "random_patch_mask"]
@@ -31,21 +32,24 @@ def random_patch_mask(
         grid: (rows, columns) of patches; L is their product.
         ratio: share of patches to remove; int(L * (1 - ratio)) are kept.
         generator: source of randomness; PyTorch's default when None.
-        device: of the mask; the generator's when None, else the CPU.
+        device: of the mask, the generator's if there is one; when None the generator's, else the CPU.
 
     Returns:
         (n, rows, columns) bool, True where a patch is removed.
 
     Raises:
-        ValueError: sizes below one, a ratio outside [0, 1), or one that keeps no patch.
+        TypeError: sizes that are not whole numbers, a ratio that is not a number.
+        ValueError: sizes below one, a ratio outside [0, 1), one that keeps no patch, or a device
+            that is not the generator's.
     """
-    rows, columns = _pair("grid", grid)
-    if n < 0:
-        raise ValueError(f"n: expected a number of images, at least 0, got {n}")
+    rows, columns = whole_numbers("grid", grid, 1, count=2)
+    check_whole("n", n, 0, "a number of images")
     kept = visible_patches(rows * columns, ratio)
-    if device is None and generator is not None:
-        device = generator.device
-    noise = torch.rand(n, rows * columns, generator=generator, device=device)
+    if generator is not None:
+        device = _generator_device(generator, device)
+    # torch.compile refuses a generator=None beside a batch of unknown size.
+    source = {} if generator is None else {"generator": generator}
+    noise = torch.rand(n, rows * columns, device=device, **source)
     removed = torch.ones_like(noise, dtype=torch.bool)
     removed = removed.scatter(1, noise.argsort(1)[:, :kept], False)
     return removed.view(n, rows, columns)
@@ -53,8 +57,7 @@ def random_patch_mask(
 
 def visible_patches(patches: int, ratio: float, name: str = "ratio") -> int:
     """How many of an image's patches a mask of this ratio keeps; ValueError if none."""
-    if not 0 <= ratio < 1:
-        raise ValueError(f"{name}: expected a share of patches to remove in [0, 1), got {ratio}")
+    check_rate(name, ratio, "a share of patches to remove in [0, 1)")
     kept = int(patches * (1 - ratio))
     if kept < 1:
         raise ValueError(f"{name}: {ratio} of {patches} patches leaves no visible patch")
@@ -95,14 +98,13 @@ class ActiveSites:
                 number. Shapes are then static, and a CUDA device is not waited for.
 
         Raises:
-            TypeError: mask is not bool.
+            TypeError: mask is not bool, block or count not a whole number.
             ValueError: a mask that is not of three dimensions, a block below one, or an image
                 with another number of visible patches than `visible_per_image`. Where looking
                 would cost a wait (CUDA, compiled code) that last is a RuntimeError of the device.
         """
         _check_mask("mask", mask)
-        if block < 1:
-            raise ValueError(f"block: expected sites along a patch's side, at least 1, got {block}")
+        check_whole("block", block, 1, "sites along a patch's side")
         n, rows, columns = mask.shape
         if visible_per_image is None:
             return cls(_where(~mask), n, (rows, columns), block)
@@ -148,6 +150,7 @@ class ActiveSites:
 
         Row-major over (dy, dx) from (-radius, -radius).
         """
+        check_whole("radius", radius, 0)
         height, width = self.grid
         return self._keep(
             self._block_tables,
@@ -157,6 +160,7 @@ class ActiveSites:
 
     def site_neighbors(self, radius: int) -> Tensor:
         """(M, (2 radius + 1)^2) int32: as `block_neighbors`, for single sites."""
+        check_whole("radius", radius, 0)
         if self.block == 1:
             return self.block_neighbors(radius)
         height, width = self.spatial_shape
@@ -172,8 +176,7 @@ class ActiveSites:
         Blocks that divide keep their places and shrink. Otherwise a coarse site is visible where
         any of its fine sites is.
         """
-        if factor < 1:
-            raise ValueError(f"factor: expected a whole number, at least 1, got {factor}")
+        check_whole("factor", factor, 1)
         if self.block % factor == 0:
             coarse = ActiveSites(self.blocks, self.batch_size, self.grid, self.block // factor)
             coarse._block_tables = self._block_tables
@@ -232,18 +235,18 @@ class SparseTensor2d:
         sites: the M sites, on the same device.
 
     Raises:
+        TypeError: features that are not a floating tensor, sites that are not ActiveSites.
         ValueError: features of another rank, length or device.
     """
 
     def __init__(self, features: Tensor, sites: ActiveSites):
+        check_floating("features", features)
+        _check_sites(sites)
         if features.dim() != 2:
             raise ValueError(f"features: expected shape (M, C), got {tuple(features.shape)}")
         if features.shape[0] != len(sites):
             raise ValueError(f"features: expected {len(sites)} rows, one a visible site, got {features.shape[0]}")
-        if features.device != sites.device:
-            raise ValueError(
-                f"features: expected them on the device of the sites, {sites.device}, got {features.device}"
-            )
+        check_device("features", features, sites.device, "the sites")
         self.features = features
         self.sites = sites
 
@@ -272,11 +275,12 @@ class SparseTensor2d:
     @classmethod
     def from_dense(cls, x: Tensor, sites: ActiveSites) -> SparseTensor2d:
         """Read the sites of x, (N, H, W, C) of the sites' N, H and W."""
+        check_tensor("x", x)
+        _check_sites(sites)
         expected = (sites.batch_size, *sites.spatial_shape)
         if x.dim() != 4 or tuple(x.shape[:3]) != expected:
             raise ValueError(f"x: expected shape {(*expected, 'C')} to match the sites, got {tuple(x.shape)}")
-        if x.device != sites.device:
-            raise ValueError(f"x: expected device {sites.device} of the sites, got {x.device}")
+        check_device("x", x, sites.device, "the sites")
         n, (height, width), b = sites.batch_size, sites.grid, sites.block
         blocks = x.view(n, height, b, width, b, x.shape[3]).permute(0, 1, 3, 2, 4, 5)
         image, row, column = sites.blocks.long().unbind(1)
@@ -300,8 +304,11 @@ class SparseTensor2d:
         Rows are put into the order of `ActiveSites`.
 
         Raises:
+            TypeError: tensor is not one.
             ValueError: other than two dimensions, a site outside the map, or the same site twice.
         """
+        if not all(hasattr(tensor, part) for part in ("features", "indices", "spatial_shape", "batch_size")):
+            raise TypeError(f"tensor: expected a spconv.pytorch.SparseConvTensor, got {kind(tensor)}")
         if len(tensor.spatial_shape) != 2:
             raise ValueError(f"tensor: expected two spatial dimensions, got {len(tensor.spatial_shape)}")
         n, height, width = tensor.batch_size, *(int(size) for size in tensor.spatial_shape)
@@ -330,13 +337,23 @@ def _where(visible: Tensor) -> Tensor:
     return visible.nonzero().int().contiguous()
 
 
-def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:
-    if len(value) != 2 or min(value) < 1:
-        raise ValueError(f"{name}: expected two sizes, at least 1 each, got {tuple(value)}")
-    return value[0], value[1]
+def _generator_device(generator: torch.Generator, device: torch.device | str | None) -> torch.device:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {kind(generator)}")
+    own = generator.device
+    wanted = own if device is None else torch.device(device)
+    if wanted.type != own.type or (wanted.index != own.index and None not in (wanted.index, own.index)):
+        raise ValueError(f"device: expected the device of the generator, {own}, got {device}")
+    return own
+
+
+def _check_sites(sites: ActiveSites) -> None:
+    if not isinstance(sites, ActiveSites):
+        raise TypeError(f"sites: expected ActiveSites, got {kind(sites)}")
 
 
 def _check_mask(name: str, mask: Tensor) -> None:
+    check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected dtype torch.bool, got {mask.dtype}")
     if mask.dim() != 3:
@@ -345,10 +362,11 @@ def _check_mask(name: str, mask: Tensor) -> None:
 
 def _check_visible_per_image(mask: Tensor, expected: int) -> None:
     patches = mask.shape[1] * mask.shape[2]
-    if not 0 <= expected <= patches:
+    check_whole("visible_per_image", expected, 0)
+    if expected > patches:
         raise ValueError(f"visible_per_image: expected 0 to {patches}, got {expected}")
     counts = (~mask).flatten(1).sum(1)
-    if torch.compiler.is_compiling() or mask.is_cuda:
+    if torch.compiler.is_compiling() or mask.is_cuda or mask.is_meta:
         message = f"visible_per_image: an image of mask keeps another number than {expected}"
         torch._assert_async((counts == expected).all(), message)
     elif (counts != expected).any():

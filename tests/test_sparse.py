@@ -189,7 +189,16 @@ def errors():
     mask, sites = patch_mask(), ActiveSites.from_patch_mask(patch_mask(), 2)
     sparse, features = SparseTensor2d, torch.zeros(16, 3)
     return {
-        "grid: expected two sizes": lambda: random_patch_mask(2, (7, 0), 0.6),
+        r"grid: expected 2 whole numbers, at least 1 each, got \(7, 0\)": lambda: random_patch_mask(2, (7, 0), 0.6),
+        r"grid: expected 2 whole numbers, .* got \(7,\)": lambda: random_patch_mask(2, (7,), 0.6),
+        r"grid: expected 2 whole numbers, got \(7, 7.5\) \(type\)": lambda: random_patch_mask(2, (7, 7.5), 0.6),
+        r"grid: expected 2 whole numbers, got 7 \(type\)": lambda: random_patch_mask(2, 7, 0.6),
+        r"n: expected a number of images, got 2.0 \(type\)": lambda: random_patch_mask(2.0, (7, 7), 0.6),
+        r"ratio: expected .* got 'half' \(type\)": lambda: random_patch_mask(2, (7, 7), "half"),
+        r"generator: expected a torch.Generator, got int \(type\)": lambda: random_patch_mask(2, (7, 7), 0.6, 3),
+        "device: expected the device of the generator, cpu, got cuda": lambda: random_patch_mask(
+            2, (7, 7), 0.6, torch.Generator(), "cuda"
+        ),
         "n: expected a number": lambda: random_patch_mask(-1, (7, 7), 0.6),
         r"ratio: expected .* \[0, 1\)": lambda: random_patch_mask(1, (7, 7), 1.0),
         "ratio: 0.9 of 4 patches leaves no": lambda: random_patch_mask(1, (2, 2), 0.9),
@@ -200,19 +209,34 @@ def errors():
             mask, 2, visible_per_image=2
         ),
         "visible_per_image: expected 0 to 12": lambda: ActiveSites.from_patch_mask(mask, 2, 13),
+        r"block: expected .* got 2.0 \(type\)": lambda: ActiveSites.from_patch_mask(mask, 2.0),
+        r"visible_per_image: expected .* got 2.0 \(type\)": lambda: ActiveSites.from_patch_mask(mask, 2, 2.0),
+        r"mask: expected a tensor, got list \(type\)": lambda: ActiveSites.from_patch_mask(mask.tolist(), 2),
+        r"visible: expected a tensor, got ndarray \(type\)": lambda: ActiveSites.from_mask(mask.numpy()),
         "visible: expected dtype torch.bool": lambda: ActiveSites.from_mask(mask.int()),
+        r"factor: expected a whole number, got 2.0 \(type\)": lambda: sites.downsample(2.0),
+        "radius: expected a whole number, at least 0, got -1": lambda: sites.site_neighbors(-1),
+        r"radius: expected a whole number, got 1.5 \(type\)": lambda: sites.block_neighbors(1.5),
         "factor: expected": lambda: sites.downsample(0),
         r"features: expected shape \(M, C\)": lambda: sparse(torch.zeros(3), sites),
         "features: expected 16 rows, .* got 15": lambda: sparse(torch.zeros(15, 3), sites),
         "features: .* device .* got meta": lambda: sparse(features.to("meta"), sites),
+        r"features: expected a tensor, got int \(type\)": lambda: sparse(3, sites),
+        "features: expected a floating dtype, got torch.int64": lambda: sparse(features.long(), sites),
+        r"sites: expected ActiveSites, got Tensor \(type\)": lambda: sparse(features, mask),
+        r"tensor: expected a spconv.* got int \(type\)": lambda: sparse.from_spconv(3),
+        r"x: expected a tensor, got ndarray \(type\)": lambda: sparse.from_dense(features.numpy(), sites),
         r"fill: expected shape \(3,\)": lambda: sparse(features, sites).dense(torch.zeros(4)),
         r"x: expected shape \(3, 6, 8, 'C'\)": lambda: sparse.from_dense(torch.zeros(3, 6, 6, 2), sites),
-        "x: expected device cpu": lambda: sparse.from_dense(torch.zeros(3, 6, 8, 2, device="meta"), sites),
+        "x: expected the device of the sites, cpu, got meta": lambda: sparse.from_dense(
+            torch.zeros(3, 6, 8, 2, device="meta"), sites
+        ),
     }
 
 
 @pytest.mark.parametrize("message", errors())
 def test_bad_input_is_refused_by_name(message):
-    kind = TypeError if "dtype" in message else ValueError
-    with pytest.raises(kind, match=message):
-        errors()[message]()
+    call = errors()[message]
+    kind = TypeError if "type" in message else ValueError
+    with pytest.raises(kind, match=message.removesuffix(r" \(type\)")):
+        call()

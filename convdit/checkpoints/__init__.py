@@ -67,9 +67,7 @@ def _detect(state: Mapping[str, Tensor]) -> str:
     for name, module in _FORMATS.items():
         if module.matches(state):
             return facts_of(state).get("kind", name) if name == dit_official.NAME else name
-    raise ValueError(
-        f"state_dict: none of the formats {', '.join(formats())} has these names: {describe(state)}"
-    )
+    raise ValueError(f"state_dict: none of the formats {', '.join(formats())} has these names: {describe(state)}")
 
 
 def convert(
@@ -121,9 +119,7 @@ def convert(
     return with_facts(out, facts)
 
 
-def _grid(
-    ours: Mapping[str, Tensor], input_size: int | tuple[int, int] | None
-) -> dict[str, tuple[int, int]]:
+def _grid(ours: Mapping[str, Tensor], input_size: int | tuple[int, int] | None) -> dict[str, tuple[int, int]]:
     """The grid of patches of a DiT, where it is told or its stored position table is square."""
     if input_size is not None:
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -143,9 +139,7 @@ def _grid(
     return {"grid": (side, side)} if side and side * side == positions else {}
 
 
-def sparse_to_dense(
-    state_dict: Mapping[str, Tensor], *, encoder_only: bool = False
-) -> OrderedDict[str, Tensor]:
+def sparse_to_dense(state_dict: Mapping[str, Tensor], *, encoder_only: bool = False) -> OrderedDict[str, Tensor]:
     """The dense encoder of an FCMAE checkpoint, in our names.
 
     It loads strictly into `models.create(..., features_only=True)`.

@@ -45,6 +45,4 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
 
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """The state as it is, for it was checked when it was read; a DiT's known position table."""
-    return (
-        dit_official.with_positions(ours, facts) if dit_official.is_dit(ours) else OrderedDict(ours)
-    )
+    return dit_official.with_positions(ours, facts) if dit_official.is_dit(ours) else OrderedDict(ours)

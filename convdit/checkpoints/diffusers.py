@@ -80,12 +80,7 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
             rest[key] = tensor
     facts = _take_table(rest)
     ours, unknown = rename(rest, _TABLE.ours, lambda old, new, tensor: tensor)
-    missing = [
-        _part_name(key, letter)
-        for key, qkv in parts.items()
-        for letter in "qkv"
-        if letter not in qkv
-    ]
+    missing = [_part_name(key, letter) for key, qkv in parts.items() for letter in "qkv" if letter not in qkv]
     blocks = {int(key.split(".")[1]) for key in [*ours, *parts] if key.startswith("blocks.")}
     for key, by_block in copies.items():
         missing += [_copy_name(key, i) for i in sorted(blocks - by_block.keys())]
@@ -111,8 +106,7 @@ def _one(key: str, by_block: Mapping[int, Tensor]) -> Tensor:
     for i, tensor in by_block.items():
         if not torch.equal(tensor, by_block[first]):
             raise ValueError(
-                f"{_copy_name(key, i)!r} differs from {_copy_name(key, first)!r}: a DiT has one "
-                "embedder for all blocks"
+                f"{_copy_name(key, i)!r} differs from {_copy_name(key, first)!r}: a DiT has one embedder for all blocks"
             )
     return by_block[first]
 

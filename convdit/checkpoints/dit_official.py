@@ -52,9 +52,7 @@ def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[s
     return out
 
 
-def with_positions(
-    ours: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> OrderedDict[str, Tensor]:
+def with_positions(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """The state with `pos_embed` rebuilt where it is absent and the grid of patches is known."""
     out = OrderedDict(ours)
     if "pos_embed" not in out and "grid" in facts:

@@ -58,10 +58,7 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> OrderedDict[st
     elif head[:2] == b"PK" or head[:1] == b"\x80":
         content = _load_torch(path)
     else:
-        raise ValueError(
-            f"{path}: not a checkpoint: it is empty, or neither a safetensors file nor one of "
-            "torch.save"
-        )
+        raise ValueError(f"{path}: not a checkpoint: it is empty, or neither a safetensors file nor one of torch.save")
     try:
         return unwrap(content, key)
     except (ValueError, TypeError) as error:
@@ -87,9 +84,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{path}: damaged safetensors file. The reader says: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{path}: damaged safetensors file. The reader says: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -102,9 +97,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "safetensors files need the package safetensors: pip install safetensors"
-        ) from error
+        raise ImportError("safetensors files need the package safetensors: pip install safetensors") from error
     return safetensors.torch
 
 
@@ -116,14 +109,10 @@ def unwrap(content: Any, key: str | None = None) -> OrderedDict[str, Tensor]:
     """
     facts = facts_of(content)
     if not isinstance(content, Mapping):
-        raise TypeError(
-            f"expected a state_dict (a mapping of names to tensors), got {_kind(content)}"
-        )
+        raise TypeError(f"expected a state_dict (a mapping of names to tensors), got {_kind(content)}")
     if key is not None:
         if not isinstance(content.get(key), Mapping):
-            raise ValueError(
-                f"no weights under {key!r}; the entries are {describe(map(str, content))}"
-            )
+            raise ValueError(f"no weights under {key!r}; the entries are {describe(map(str, content))}")
         facts |= _facts_from_args(content)
         content = content[key]
     while inner := next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None):
@@ -133,9 +122,7 @@ def unwrap(content: Any, key: str | None = None) -> OrderedDict[str, Tensor]:
         raise ValueError("the checkpoint holds no tensors")
     strange = [f"{k} ({_kind(v)})" for k, v in content.items() if not isinstance(v, Tensor)]
     if strange or not all(isinstance(k, str) for k in content):
-        raise ValueError(
-            f"expected names and tensors only, found {describe(strange or map(str, content))}"
-        )
+        raise ValueError(f"expected names and tensors only, found {describe(strange or map(str, content))}")
     state = OrderedDict((k, v.detach()) for k, v in content.items())
     for prefix in _PREFIXES:
         if all(k.startswith(prefix) for k in state):
@@ -162,9 +149,7 @@ def facts_of(state: Any) -> dict[str, Any]:
     return dict(getattr(state, _FACTS, {}))
 
 
-def with_facts(
-    state: OrderedDict[str, Tensor], facts: Mapping[str, Any]
-) -> OrderedDict[str, Tensor]:
+def with_facts(state: OrderedDict[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """Notes on the dictionary what its tensors cannot say, as PyTorch does with `_metadata`.
 
     With it, converting back in the same program gives the very layout that came in. Files do not
@@ -188,9 +173,7 @@ def save(
     path = Path(path)
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"state_dict: expected names and tensors, got {name!r}: {_kind(tensor)}"
-            )
+            raise TypeError(f"state_dict: expected names and tensors, got {name!r}: {_kind(tensor)}")
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected the name of a file, this is a directory")
     if not path.parent.is_dir():

@@ -60,15 +60,11 @@ def split(
         elif key.startswith(_PREFIX):
             body[key.removeprefix(_PREFIX)] = tensor
         else:
-            raise ValueError(
-                f"unexpected keys: {key!r} has no prefix 'encoder.', other keys have it"
-            )
+            raise ValueError(f"unexpected keys: {key!r} has no prefix 'encoder.', other keys have it")
     return body, decoder, prefixed
 
 
-def join(
-    body: Mapping[str, Tensor], decoder: Mapping[str, Tensor], prefixed: bool
-) -> OrderedDict[str, Tensor]:
+def join(body: Mapping[str, Tensor], decoder: Mapping[str, Tensor], prefixed: bool) -> OrderedDict[str, Tensor]:
     """Puts together what `split` took apart; a ConvNeXt gets the prefix only if asked for."""
     prefix = _PREFIX if decoder or prefixed else ""
     named = ((key if _HEAD.fullmatch(key) else prefix + key, value) for key, value in body.items())
@@ -77,9 +73,7 @@ def join(
 
 def is_convnext(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are ours or the official ones: a dense ConvNeXt, or an FCMAE."""
-    return any(
-        re.match(r"(?:encoder\.)?(?:downsample_layers|stages)\.\d+\.\d+\.", key) for key in state
-    )
+    return any(re.match(r"(?:encoder\.)?(?:downsample_layers|stages)\.\d+\.\d+\.", key) for key in state)
 
 
 def flat_grn(old: str, new: str, tensor: Tensor) -> Tensor:
@@ -116,11 +110,7 @@ def check_convnext(
     expected = {prefix + key: shape for key, shape in _convnext_shapes(body, version).items()}
     if decoder:
         # An FCMAE has no final norm and no head; where they are there they are unexpected.
-        expected = {
-            key: shape
-            for key, shape in expected.items()
-            if not _HEAD.fullmatch(key.removeprefix(_PREFIX))
-        }
+        expected = {key: shape for key, shape in expected.items() if not _HEAD.fullmatch(key.removeprefix(_PREFIX))}
         expected.update(_decoder_shapes(decoder, _width(body, _stages(body) - 1), version))
     actual = join(body, decoder, False)
 
@@ -148,9 +138,7 @@ def mismatches(
     return missing, unexpected, wrong
 
 
-def raise_mismatch(
-    what: str, missing: list[str], unexpected: list[str], wrong: Iterable[str] = ()
-) -> None:
+def raise_mismatch(what: str, missing: list[str], unexpected: list[str], wrong: Iterable[str] = ()) -> None:
     """Raises the ValueError of a strict conversion, or returns where there is nothing to say."""
     problems = []
     if missing:
@@ -227,9 +215,7 @@ def _convnext_shapes(body: Mapping[str, Tensor], version: int | None) -> dict[st
     return shapes
 
 
-def _decoder_shapes(
-    decoder: Mapping[str, Tensor], encoder_width: int | None, version: int | None
-) -> dict[str, Shape]:
+def _decoder_shapes(decoder: Mapping[str, Tensor], encoder_width: int | None, version: int | None) -> dict[str, Shape]:
     token = decoder.get("mask_token")
     width = token.shape[1] if token is not None and token.ndim == 4 else None
     pixels = rows(decoder, "pred.weight")

@@ -22,9 +22,7 @@ NAME = "convnextv2_official"
 
 def matches(state: Mapping[str, Tensor]) -> bool:
     """Official names with GRN parameters of more than one axis."""
-    return is_convnext(state) and any(
-        ".grn." in key and tensor.ndim > 1 for key, tensor in state.items()
-    )
+    return is_convnext(state) and any(".grn." in key and tensor.ndim > 1 for key, tensor in state.items())
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
@@ -41,9 +39,7 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """From our names. The format is V2's and has no place for FCMAE's decoder."""
     body, decoder, _ = split(ours)
-    check_convnext(
-        body, "this checkpoint does not fit convnextv2_official", unknown=decoder, version=2
-    )
+    check_convnext(body, "this checkpoint does not fit convnextv2_official", unknown=decoder, version=2)
     out, _ = rename(body, lambda key: key, official_grn)
     return join(out, {}, facts.get("encoder_prefix", False))
 

@@ -46,10 +46,7 @@ _TABLE = KeyTable(
 
 def matches(state: Mapping[str, Tensor]) -> bool:
     """timm's names inside a stage."""
-    return any(
-        re.match(r"stages\.\d+\.(?:blocks\.\d+\.(?:conv_dw|mlp)|downsample)\.", key)
-        for key in state
-    )
+    return any(re.match(r"stages\.\d+\.(?:blocks\.\d+\.(?:conv_dw|mlp)|downsample)\.", key) for key in state)
 
 
 def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:

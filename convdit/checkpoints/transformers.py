@@ -47,9 +47,7 @@ _CLASSIFIER = "classifier."
 
 def matches(state: Mapping[str, Tensor]) -> bool:
     """Their names inside a stage, with or without the classifier's prefix."""
-    stage = re.compile(
-        r"(?:convnext(?:v2)?\.)?encoder\.stages\.\d+\.(?:layers|downsampling_layer)\."
-    )
+    stage = re.compile(r"(?:convnext(?:v2)?\.)?encoder\.stages\.\d+\.(?:layers|downsampling_layer)\.")
     return any(stage.match(key) for key in state)
 
 

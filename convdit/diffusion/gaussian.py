@@ -95,7 +95,7 @@ class GaussianDiffusion:
         expected = (x.shape[0], channels, *x.shape[2:])
         if tuple(out.shape) != expected:
             raise ValueError(
-                f"the model must return {expected} for x {tuple(x.shape)} with "
+                f"model: expected it to return {expected} for x {tuple(x.shape)} with "
                 f"learn_sigma={self.learn_sigma}, got {tuple(out.shape)}"
             )
         out = out.to(x.dtype)
@@ -127,9 +127,7 @@ class GaussianDiffusion:
             vb = self.variational_bound(x0, x, t, predicted.detach(), sigma)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
-    def variational_bound(
-        self, x0: Tensor, x: Tensor, t: Tensor, noise: Tensor, sigma: Tensor | None
-    ) -> Tensor:
+    def variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, noise: Tensor, sigma: Tensor | None) -> Tensor:
         """The bound's term of step t for each sample, (N,), in bits per dimension.
 
         For t = 0 the negative log-likelihood of x0, else the divergence of p(x_{t-1} | x_t) from
@@ -167,13 +165,11 @@ class GaussianDiffusion:
         model in eval mode first, or it may drop labels.
         """
         if sampler not in ("ddpm", "ddim") and not hasattr(sampler, "set_timesteps"):
-            raise ValueError(
-                f'sampler must be "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}'
-            )
+            raise ValueError(f'sampler: expected "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}')
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be in 0..1, got {eta}")
+            raise ValueError(f"eta: expected a number in 0..1, got {eta}")
         if sampler == "ddpm" and eta:
-            raise ValueError(f'eta is for the sampler "ddim", got eta={eta} for "ddpm"')
+            raise ValueError(f'eta: expected 0 for the sampler "ddpm", got {eta}')
         x = samplers.starting_noise(model, shape, noise, generator, device)
 
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -184,7 +180,9 @@ class GaussianDiffusion:
         if sampler == "ddim":
             return samplers.ddim(self, denoise, x, eta, clip_denoised, generator, progress)
         if clip_denoised:
-            raise ValueError("clip_denoised: a diffusers scheduler is told so when it is made")
+            raise ValueError(
+                "clip_denoised: expected False for a diffusers scheduler, which is told so when it is made, got True"
+            )
         call = partial(model, **model_kwargs)
         return samplers.scheduled(self, call, x, sampler, eta, generator, progress)
 
@@ -213,15 +211,15 @@ class GaussianDiffusion:
 
 def _check_training(x0: Tensor, t: Tensor, noise: Tensor | None, steps: int) -> None:
     if not x0.is_floating_point():
-        raise TypeError(f"x0 must have a floating dtype, got {x0.dtype}")
+        raise TypeError(f"x0: expected a floating dtype, got {x0.dtype}")
     if t.is_floating_point() or t.dtype == torch.bool:
-        raise TypeError(f"t must hold whole step indices, got {t.dtype}")
+        raise TypeError(f"t: expected whole step indices, got {t.dtype}")
     if tuple(t.shape) != (len(x0),):
-        raise ValueError(f"t must be (N,) = ({len(x0)},), got {tuple(t.shape)}")
+        raise ValueError(f"t: expected shape (N,) = ({len(x0)},), got {tuple(t.shape)}")
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < steps:
-        raise ValueError(f"t must be in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
+        raise ValueError(f"t: expected steps in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
     if noise is not None and noise.shape != x0.shape:
-        raise ValueError(f"noise must be {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
+        raise ValueError(f"noise: expected shape {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -63,9 +63,7 @@ def ddim(
     return x
 
 
-def ddim_inverse(
-    d: "GaussianDiffusion", denoise: Denoise, x: Tensor, refinements: int, progress: bool
-) -> Tensor:
+def ddim_inverse(d: "GaussianDiffusion", denoise: Denoise, x: Tensor, refinements: int, progress: bool) -> Tensor:
     """The DDIM steps at eta 0 backwards.
 
     A step up wants the noise at its upper end, which is not known yet: it takes the noise at its
@@ -101,7 +99,7 @@ def scheduled(
     options = {"generator": generator, "eta": eta}
     options = {name: value for name, value in options.items() if name in accepted}
     if eta and "eta" not in options:
-        raise ValueError(f"eta={eta} has no meaning for {type(scheduler).__name__}")
+        raise ValueError(f"eta: expected 0 for {type(scheduler).__name__}, which has none, got {eta}")
     scheduler.set_timesteps(d.num_timesteps, device=x.device)
     x = x * scheduler.init_noise_sigma
     for t in shown(scheduler.timesteps, len(scheduler.timesteps), progress):
@@ -116,16 +114,12 @@ def _check_scheduler(d: "GaussianDiffusion", scheduler) -> None:
     name = type(scheduler).__name__
     kind = getattr(scheduler.config, "prediction_type", None)
     if kind != "epsilon":
-        raise ValueError(
-            f"the model predicts noise, {name} must have prediction_type 'epsilon', got {kind!r}"
-        )
+        raise ValueError(f"sampler: expected a {name} with prediction_type 'epsilon', got {kind!r}")
     theirs = getattr(scheduler, "alphas_cumprod", None)
     ours = np.cumprod(1 - d.base_betas)
-    if theirs is not None and (
-        len(theirs) != len(ours) or not np.allclose(np.asarray(theirs), ours, rtol=1e-3)
-    ):
+    if theirs is not None and (len(theirs) != len(ours) or not np.allclose(np.asarray(theirs), ours, rtol=1e-3)):
         raise ValueError(
-            f"{name} was made for another noise schedule than this diffusion: give it the same "
+            f"sampler: {name} was made for another noise schedule than this diffusion: give it the same "
             "num_train_timesteps, beta_schedule, beta_start and beta_end"
         )
 
@@ -141,7 +135,7 @@ def starting_noise(
     shape = tuple(shape)
     if noise is not None:
         if tuple(noise.shape) != shape:
-            raise ValueError(f"noise must have the shape {shape}, got {tuple(noise.shape)}")
+            raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
         return full_precision(noise)
     if device is None:
         module = getattr(model, "__self__", model)  # a bound method, such as forward_with_cfg

@@ -21,19 +21,19 @@ def betas(name: str, steps: int) -> np.ndarray:
     - "scaled_linear": the square root runs linearly, from 0.00085 to 0.012 (Stable Diffusion).
     """
     if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number above 0, got {steps!r}")
+        raise ValueError(f"steps: expected a whole number above 0, got {steps!r}")
     if name == "linear":
         scale = 1000 / steps
         result = np.linspace(scale * 1e-4, scale * 0.02, steps)
         if result[-1] >= 1:
-            raise ValueError(f"schedule linear needs more than 20 steps, got steps={steps}")
+            raise ValueError(f"steps: expected more than 20 for the schedule linear, got {steps}")
         return result
     if name == "cosine":
         level = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
         return np.array([min(1 - level[i + 1] / level[i], 0.999) for i in range(steps)])
     if name == "scaled_linear":
         return np.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2
-    raise ValueError(f"schedule must be one of {SCHEDULES}, got {name!r}")
+    raise ValueError(f"schedule: expected one of {SCHEDULES}, got {name!r}")
 
 
 def respaced_timesteps(steps: int, respacing: str | int | None) -> list[int]:
@@ -53,9 +53,7 @@ def respaced_timesteps(steps: int, respacing: str | int | None) -> list[int]:
     except ValueError as error:
         if isinstance(error, _Impossible):
             raise
-        raise ValueError(
-            f'respacing must be like "250", "10,20,30" or "ddim50", got {respacing!r}'
-        ) from None
+        raise ValueError(f'respacing: expected a text like "250", "10,20,30" or "ddim50", got {respacing!r}') from None
     return _by_section(steps, counts)
 
 
@@ -107,9 +105,7 @@ class Schedule:
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / noise
         # The variance is 0 at the first step, where its logarithm takes the value of the second.
         self.posterior_log_variance = np.log(
-            np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
-            if len(timesteps) > 1
-            else self.betas
+            np.append(self.posterior_variance[1:2], self.posterior_variance[1:]) if len(timesteps) > 1 else self.betas
         )
         self.posterior_x0 = self.betas * np.sqrt(self.alphas_cumprod_prev) / noise
         self.posterior_xt = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / noise

@@ -13,30 +13,30 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from convdit._checks import check_floating, check_rate, check_tensor, check_whole, kind, listed, whole_numbers
 from convdit.nn.convnext_block import ConvNeXtBlock
 from convdit.nn.layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm, check_scope
 from convdit.nn.resample import Downsample, Stem
 
-# depths, dims of each published size
-_V1 = {
-    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
-    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+# Of each size: blocks a stage, and channels of the first stage; each later one has twice as many.
+_SIZES = {
+    "atto": ((2, 2, 6, 2), 40),
+    "femto": ((2, 2, 6, 2), 48),
+    "pico": ((2, 2, 6, 2), 64),
+    "nano": ((2, 2, 8, 2), 80),
+    "tiny": ((3, 3, 9, 3), 96),
+    "small": ((3, 3, 27, 3), 96),
+    "base": ((3, 3, 27, 3), 128),
+    "large": ((3, 3, 27, 3), 192),
+    "xlarge": ((3, 3, 27, 3), 256),
+    "huge": ((3, 3, 27, 3), 352),
 }
-_V2 = {
-    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
-    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
-    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
-    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
-    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
-}
-VARIANTS = {f"convnext_{size}": (1, *shape) for size, shape in _V1.items()} | {
-    f"convnextv2_{size}": (2, *shape) for size, shape in _V2.items()
+# version, depths, dims of each name; a V2 of size xlarge was never published
+VARIANTS = {
+    f"{family}_{size}": (version, depths, tuple(dim * 2**i for i in range(4)))
+    for version, family in ((1, "convnext"), (2, "convnextv2"))
+    for size, (depths, dim) in _SIZES.items()
+    if (version, size) != (2, "xlarge")
 }
 
 
@@ -73,16 +73,16 @@ class ConvNeXt(nn.Module):
         features_only: bool = False,
     ):
         super().__init__()
+        depths, dims = whole_numbers("depths", depths, 1), whole_numbers("dims", dims, 1)
         if not depths or len(depths) != len(dims):
-            raise ValueError(
-                f"depths, dims: expected one of each a stage, got {tuple(depths)}, {tuple(dims)}"
-            )
-        for name, size in (("in_chans", in_chans), ("stem_stride", stem_stride)):
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+            raise ValueError(f"depths, dims: expected one of each a stage, got {depths}, {dims}")
+        check_whole("in_chans", in_chans, 1)
+        check_whole("num_classes", num_classes, 0)
+        check_whole("stem_stride", stem_stride, 1)
+        check_rate("drop_path_rate", drop_path_rate)
         self.version = version
-        self.depths = tuple(depths)
-        self.dims = tuple(dims)
+        self.depths = depths
+        self.dims = dims
         self.in_chans = in_chans
         self.features_only = features_only
         self.head_init_scale = head_init_scale
@@ -116,8 +116,7 @@ class ConvNeXt(nn.Module):
         """Put a new head of so many classes in place; 0 for none."""
         if self.features_only:
             raise ValueError("reset_classifier: a model made with features_only=True has no head")
-        if num_classes < 0:
-            raise ValueError(f"num_classes: expected at least 0, got {num_classes}")
+        check_whole("num_classes", num_classes, 0)
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -157,10 +156,11 @@ class ConvNeXt(nn.Module):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         check_images("x", x, self.in_chans, self.stride)
-        maps = []
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
-            maps.append(x)
+        stem, *downsamples = self.downsample_layers
+        first, *stages = self.stages
+        maps = [first(stem(x, "x"))]
+        for downsample, stage in zip(downsamples, stages, strict=True):
+            maps.append(stage(downsample(maps[-1])))
         return maps
 
     def load_encoder(self, state_dict: Mapping[str, Tensor]) -> list[str]:
@@ -172,8 +172,15 @@ class ConvNeXt(nn.Module):
             The names of the parameters left as they were.
 
         Raises:
+            TypeError: not a mapping of names to tensors.
             ValueError: a missing or an unknown name, or another shape; nothing is loaded then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping of names to tensors, got {kind(state_dict)}")
+        for name, value in state_dict.items():
+            if not isinstance(name, str):
+                raise TypeError(f"state_dict: expected names of parameters, got {name!r}")
+            check_tensor(f"state_dict: {name}", value)
         own = {name: value for name, value in self.state_dict().items() if not _in_head(name)}
         given = {name: value for name, value in state_dict.items() if not _in_head(name)}
         problems = [f"missing {name}" for name in own if name not in given]
@@ -184,7 +191,7 @@ class ConvNeXt(nn.Module):
             if name in own and value.shape != own[name].shape
         ]
         if problems:
-            raise ValueError("state_dict: does not fit this encoder: " + "; ".join(problems))
+            raise ValueError("state_dict: does not fit this encoder: " + listed(problems, "; "))
         self.load_state_dict(given, strict=False)
         return [name for name in self.state_dict() if _in_head(name)]
 
@@ -193,9 +200,7 @@ class ConvNeXt(nn.Module):
         encoder = copy.copy(self)
         encoder.__dict__ = self.__dict__ | {
             "features_only": True,
-            "_modules": {
-                name: module for name, module in self._modules.items() if not _in_head(name)
-            },
+            "_modules": {name: module for name, module in self._modules.items() if not _in_head(name)},
         }
         return encoder
 
@@ -235,10 +240,13 @@ def create(
         options: of `ConvNeXt`: drop_path_rate, stem_stride, ...
 
     Raises:
+        TypeError: a name that is not a string.
         ValueError: a name that is not in the list.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected one of convdit.models.list(), got {name!r}")
     if name not in VARIANTS:
-        raise ValueError(f"name: expected one of {', '.join(VARIANTS)}; got {name!r}")
+        raise ValueError(f"name: expected one of {listed(VARIANTS)}; got {name!r}")
     version, own_depths, own_dims = VARIANTS[name]
     return ConvNeXt(
         own_depths if depths is None else depths,
@@ -261,17 +269,14 @@ def init_weights(module: nn.Module) -> None:
 
 
 def check_images(name: str, images: Tensor, channels: int, smallest: int) -> None:
+    check_floating(name, images)
     if images.dim() != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"{name}: expected images of shape (N, {channels}, H, W), got {tuple(images.shape)}"
-        )
+        raise ValueError(f"{name}: expected images of shape (N, {channels}, H, W), got {tuple(images.shape)}")
     if min(images.shape[2:]) < smallest:
         raise ValueError(
             f"{name}: expected images of at least {smallest}x{smallest} pixels, the stride of "
             f"the last stage, got {images.shape[2]}x{images.shape[3]}"
         )
-    if not images.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {images.dtype}")
 
 
 def _in_head(name: str) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from convdit._checks import check_device, check_floating, check_rate, check_tensor, check_whole, whole_numbers
 from convdit.models.modulation_cache import ModulationCache
 from convdit.nn.dit_block import MODULATION_ROWS, DiTBlock, ResidualStream
 from convdit.nn.dit_embed import (
@@ -62,13 +63,15 @@ class DiT(nn.Module):
         label_init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height % patch_size or width % patch_size or height < 1 or width < 1:
-            raise ValueError(
-                f"input_size must be a multiple of patch_size {patch_size}, got {input_size}"
-            )
-        if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob must be in 0..1, got {class_dropout_prob}")
+        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        height, width = whole_numbers("input_size", size, 1, count=2)
+        check_whole("patch_size", patch_size, 1)
+        check_whole("in_channels", in_channels, 1)
+        check_whole("depth", depth, 0)
+        check_whole("num_classes", num_classes, 0)
+        check_rate("class_dropout_prob", class_dropout_prob, "a rate in [0, 1]", with_one=True)
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"input_size: expected a multiple of patch_size {patch_size}, got {input_size}")
         self.input_size = (height, width)
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
@@ -89,9 +92,7 @@ class DiT(nn.Module):
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # Fixed, hence a buffer; it is in the state_dict, as in the public code.
         self.register_buffer("pos_embed", torch.empty(1, math.prod(self.grid), hidden_size))
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio, conditioning) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, conditioning) for _ in range(depth))
         modulated = MODULATION_ROWS[conditioning] > 0
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, modulated)
         self.reset_parameters()
@@ -123,9 +124,7 @@ class DiT(nn.Module):
             state_dict[prefix + "pos_embed"] = table[None].to(self.pos_embed.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, y_mask: Tensor | None = None) -> Tensor:
         """The predicted noise, (N, C, H, W); (N, 2C, H, W) with the variance where it is learned.
 
         x is (N, C, H, W) and is taken in the dtype of the weights; t (N,) holds timesteps. y holds
@@ -151,9 +150,7 @@ class DiT(nn.Module):
             stream = ResidualStream(stream.total()[:, : self.pos_embed.shape[1]])
         return self.unpatchify(self.final_layer(stream, c))
 
-    def condition(
-        self, t: Tensor, y: Tensor | None, y_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def condition(self, t: Tensor, y: Tensor | None, y_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the blocks are told: timestep + class (N, D), or both as tokens (N, S, D).
 
         The second value is the tokens' mask (N, S), where one was given.
@@ -199,7 +196,7 @@ class DiT(nn.Module):
         batch, for which the null half is added here and the guided half returned.
         """
         if channels not in ("first3", "all"):
-            raise ValueError(f'channels must be "first3" or "all", got {channels!r}')
+            raise ValueError(f'channels: expected "first3" or "all", got {channels!r}')
         self._check(x, t, y, None)
         half, odd = divmod(len(x), 2)
         doubled = not odd and bool((y[half:] == self.null_label).all())
@@ -221,7 +218,7 @@ class DiT(nn.Module):
         """The label of the null class, which exists only where labels are dropped in training."""
         if self.num_classes == 0 or self.class_dropout_prob == 0:
             raise ValueError(
-                "guidance needs a null class: num_classes > 0 and class_dropout_prob > 0, got "
+                "num_classes, class_dropout_prob: expected both above 0, for guidance needs a null class, got "
                 f"{self.num_classes} and {self.class_dropout_prob}"
             )
         return self.num_classes
@@ -244,7 +241,7 @@ class DiT(nn.Module):
         """
         if guidance:
             if y is None:
-                raise ValueError("y must hold the labels (N,) where guidance=True, got None")
+                raise ValueError("y: expected the labels (N,) where guidance=True, got None")
             y = torch.cat([y, y.new_full((1,), self.null_label)])
         before, self._cache = self._cache, ModulationCache(self, timesteps, y)
         try:
@@ -253,41 +250,48 @@ class DiT(nn.Module):
             self._cache = before
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor | None, y_mask: Tensor | None) -> None:
+        check_floating("x", x)
+        check_tensor("t", t)
         expected = (self.in_channels, *self.input_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             wanted = ", ".join(map(str, expected))
-            raise ValueError(f"x must be (N, {wanted}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must have a floating dtype, got {x.dtype}")
+            raise ValueError(f"x: expected shape (N, {wanted}), got {tuple(x.shape)}")
         if tuple(t.shape) != (len(x),):
-            raise ValueError(f"t must be (N,) = ({len(x)},), got {tuple(t.shape)}")
+            raise ValueError(f"t: expected shape (N,) = ({len(x)},), got {tuple(t.shape)}")
+        check_device("x", x, self.pos_embed.device, "the parameters")
+        check_device("t", t, x.device, "x")
         self._check_label(y, len(x))
+        if y is not None:
+            check_device("y", y, x.device, "x")
         if y_mask is None:
             return
+        check_tensor("y_mask", y_mask)
+        check_device("y_mask", y_mask, x.device, "x")
         if self.conditioning != "cross_attention" or y is None or y.ndim != 3:
-            raise ValueError("y_mask goes with embeddings y (N, S, D) and cross_attention only")
+            raise ValueError("y_mask: expected None without cross_attention and embeddings y (N, S, D), got a mask")
         if y_mask.dtype != torch.bool:
-            raise TypeError(f"y_mask must be boolean, True = attend, got {y_mask.dtype}")
+            raise TypeError(f"y_mask: expected dtype torch.bool, True = attend, got {y_mask.dtype}")
         if y_mask.shape != y.shape[:2]:
-            raise ValueError(f"y_mask must be {tuple(y.shape[:2])}, got {tuple(y_mask.shape)}")
+            raise ValueError(f"y_mask: expected shape {tuple(y.shape[:2])}, got {tuple(y_mask.shape)}")
 
     def _check_label(self, y: Tensor | None, batch: int) -> None:
         if y is None:
             if self.num_classes > 0:
-                raise ValueError(f"y must hold labels (N,) of {self.num_classes} classes, got None")
+                raise ValueError(f"y: expected labels (N,) of {self.num_classes} classes, got None")
             return
+        check_tensor("y", y)
         if not y.is_floating_point():
             if self.num_classes == 0:
-                raise ValueError("y must be None or embeddings: the model has num_classes=0")
+                raise ValueError(f"y: expected None or embeddings, for the model has num_classes=0, got {y.dtype}")
             if y.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"y must hold int32 or int64 labels or embeddings, got {y.dtype}")
+                raise TypeError(f"y: expected int32 or int64 labels, or embeddings, got {y.dtype}")
             if tuple(y.shape) != (batch,):
-                raise ValueError(f"y must be (N,) = ({batch},) labels, got {tuple(y.shape)}")
+                raise ValueError(f"y: expected labels of shape (N,) = ({batch},), got {tuple(y.shape)}")
             return
         ranks = (2, 3) if self.conditioning == "cross_attention" else (2,)
         if y.ndim not in ranks or len(y) != batch or y.shape[-1] != self.hidden_size:
             wanted = " or ".join(f"({batch}, {'S, ' * (r - 2)}{self.hidden_size})" for r in ranks)
-            raise ValueError(f"y: embeddings must be {wanted}, got {tuple(y.shape)}")
+            raise ValueError(f"y: expected embeddings of shape {wanted}, got {tuple(y.shape)}")
 
 
 def DiT_XL_2(**kwargs) -> DiT:

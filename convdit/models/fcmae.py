@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convdit._checks import check_device, check_tensor, check_whole, kind, whole_numbers
 from convdit.nn.convnext_block import ConvNeXtBlock
 from convdit.nn.layers import check_scope, hide
 from convdit.nn.resample import coarsen
@@ -46,11 +47,14 @@ class FCMAE(nn.Module):
         grn_scope: of the encoder's GRN: "sample" as in the dense network, or "batch" as in the
             original sparse code.
         sparse: False computes on zero-filled dense maps; the results are the same.
-        in_chans: image channels, for an encoder given by name.
+        in_chans: image channels; None for those of a ConvNeXt, or 3 for an encoder given by name.
         depths, dims: override the variant's, for an encoder given by name.
         options: of `ConvNeXt`, for an encoder given by name: drop_path_rate, stem_stride, ...
 
     Weights are drawn with std 0.02.
+
+    Raises TypeError or ValueError for settings that make no model, or one that learns nothing: a
+    `mask_ratio` that leaves no visible or no removed patch.
     """
 
     def __init__(
@@ -64,37 +68,43 @@ class FCMAE(nn.Module):
         norm_pix_loss: bool = True,
         grn_scope: str = "sample",
         sparse: bool = True,
-        in_chans: int = 3,
+        in_chans: int | None = None,
         depths: Sequence[int] | None = None,
         dims: Sequence[int] | None = None,
         **options: float,
     ):
         super().__init__()
         check_scope("grn_scope", grn_scope)
+        check_whole("patch_size", patch_size, 1)
+        check_whole("decoder_dim", decoder_dim, 1)
+        check_whole("decoder_depth", decoder_depth, 0)
         if isinstance(encoder, str):
             encoder = create(
                 encoder,
-                in_chans=in_chans,
+                in_chans=3 if in_chans is None else in_chans,
                 features_only=True,
                 depths=depths,
                 dims=dims,
                 **options,
             )
+        elif not isinstance(encoder, ConvNeXt):
+            raise TypeError(f"encoder: expected a name of models.list() or a ConvNeXt, got {kind(encoder)}")
         elif depths is not None or dims is not None or options:
             raise ValueError("depths, dims, options: only for an encoder given by name")
+        if in_chans not in (None, encoder.in_chans):
+            raise ValueError(f"in_chans: expected {encoder.in_chans}, the channels of the encoder, got {in_chans}")
         self.encoder = encoder.encoder()
         self.encoder.set_grn_scope(grn_scope)
         if patch_size != encoder.stride:
             raise ValueError(
-                f"patch_size: expected {encoder.stride}, the stride of the encoder's last stage, "
-                f"got {patch_size}"
+                f"patch_size: expected {encoder.stride}, the stride of the encoder's last stage, got {patch_size}"
             )
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.sparse = sparse
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._visible(self._grid("image_size", *size))
+        self._visible(self._grid("image_size", *whole_numbers("image_size", size, 1, count=2)))
 
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.empty(1, decoder_dim, 1, 1))
@@ -125,9 +135,10 @@ class FCMAE(nn.Module):
             mask: the mask used.
 
         Raises:
-            TypeError: images that are not floating, a mask that is not bool.
-            ValueError: other shapes, images that patches do not divide, a mask on another device,
-                one with no visible patch in some image, or with no removed patch at all.
+            TypeError: images that are not floating or, outside autocast, of another dtype than the
+                parameters; a mask that is not bool.
+            ValueError: other shapes or devices, no image, images that patches do not divide, a mask
+                with no visible patch in some image, or with no removed patch at all.
         """
         mask, sites = self._mask(images, mask, generator)
         pred = self._decode(images, mask, sites)
@@ -156,15 +167,25 @@ class FCMAE(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """(N, c, H, W) to (N, L, p * p * c), values of a patch in order (py, px, c)."""
+        check_tensor("images", images)
+        if images.dim() != 4:
+            raise ValueError(f"images: expected shape (N, c, H, W), got {tuple(images.shape)}")
         p, (height, width) = self.patch_size, self._grid("images", *images.shape[2:])
         patches = images.view(*images.shape[:2], height, p, width, p).permute(0, 2, 4, 3, 5, 1)
         return patches.reshape(images.shape[0], height * width, -1)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """The inverse of `patchify`, for images of `grid` rows and columns of patches."""
-        p, (height, width), n = self.patch_size, grid, patches.shape[0]
-        images = patches.reshape(n, height, width, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-        return images.reshape(n, -1, height * p, width * p)
+        check_tensor("patches", patches)
+        p, (height, width) = self.patch_size, whole_numbers("grid", grid, 1, count=2)
+        if patches.dim() != 3 or patches.shape[1] != height * width or patches.shape[2] % p**2:
+            raise ValueError(
+                f"patches: expected shape (N, {height * width}, {p**2} * c) for a grid of {height}x{width}, "
+                f"got {tuple(patches.shape)}"
+            )
+        n, c = patches.shape[0], patches.shape[2] // p**2
+        images = patches.reshape(n, height, width, p, p, c).permute(0, 5, 1, 3, 2, 4)
+        return images.reshape(n, c, height * p, width * p)
 
     def _encode(self, images: Tensor, mask: Tensor, sites: ActiveSites) -> SparseTensor2d:
         """The encoder's last features, of the visible patches only: a row for each patch."""
@@ -205,26 +226,32 @@ class FCMAE(nn.Module):
     ) -> tuple[Tensor, ActiveSites]:
         check_images("images", images, self.encoder.in_chans, 1)
         grid, n = self._grid("images", *images.shape[2:]), images.shape[0]
-        kept = self._visible(grid)
+        if n == 0:
+            raise ValueError(f"images: expected at least one image, got shape {tuple(images.shape)}")
+        kept = None
+        if mask is None or torch.compiler.is_compiling():
+            kept = self._visible(grid)
         if mask is None:
+            # A mask may be drawn elsewhere than the images are: one seed serves every device.
             device = None if generator is not None else images.device
             mask = random_patch_mask(n, grid, self.mask_ratio, generator, device).to(images.device)
         else:
             _check_mask(mask, (n, *grid), images.device)
-            if not torch.compiler.is_compiling():
-                kept = None
         block = self.patch_size // self.encoder.stem_stride
         return mask, ActiveSites.from_patch_mask(mask, block, kept)
 
     def _visible(self, grid: tuple[int, int]) -> int:
-        return visible_patches(grid[0] * grid[1], self.mask_ratio, "mask_ratio")
+        patches = grid[0] * grid[1]
+        kept = visible_patches(patches, self.mask_ratio, "mask_ratio")
+        if kept == patches:
+            raise ValueError(f"mask_ratio: {self.mask_ratio} of {patches} patches removes none")
+        return kept
 
     def _grid(self, name: str, height: int, width: int) -> tuple[int, int]:
         p = self.patch_size
         if height < p or width < p or height % p or width % p:
             raise ValueError(
-                f"{name}: expected a height and a width that patches of {p}x{p} divide, "
-                f"got {height}x{width}"
+                f"{name}: expected a height and a width that patches of {p}x{p} divide, got {height}x{width}"
             )
         return height // p, width // p
 
@@ -242,12 +269,12 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, True = removed, got {mask.dtype}")
     if tuple(mask.shape) != shape:
         raise ValueError(f"mask: expected shape {shape}, got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"mask: expected the images' device, {device}, got {mask.device}")
+    check_device("mask", mask, device, "the images")
     if torch.compiler.is_compiling():
         return  # from_patch_mask checks the count on the device
     if mask.flatten(1).all(1).any():

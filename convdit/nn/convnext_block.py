@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit import ops
+from convdit._checks import check_rate
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 from .layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm, Map, drop_path, hide
@@ -44,8 +45,7 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         if version not in (1, 2):
             raise ValueError(f"version: expected 1 or 2, got {version}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path: expected a rate in [0, 1), got {drop_path}")
+        check_rate("drop_path", drop_path)
         to = {"device": device, "dtype": dtype}
         self.version = version
         self.drop_path = drop_path
@@ -86,9 +86,7 @@ class ConvNeXtBlock(nn.Module):
         if isinstance(x, SparseTensor2d):
             return self.norm(self.dwconv(x)).features
         conv, norm = self.dwconv, self.norm
-        return ops.depthwise_conv2d_layer_norm(
-            x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps
-        )
+        return ops.depthwise_conv2d_layer_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
 
     def _activate(self, y: Tensor, sites: ActiveSites | None, visible: Tensor | None) -> Tensor:
         if self.version == 1:

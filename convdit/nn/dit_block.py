@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit import ops
+from convdit._checks import check_tensor, check_whole
 
 EPS = 1e-6
 
@@ -45,9 +46,7 @@ class ResidualStream(NamedTuple):
         if self.gate is None:
             x = self.total()
             return x, ops.layer_norm_modulate(x, shift, scale, EPS)
-        return ops.gated_residual_layer_norm_modulate(
-            self.x, self.branch, self.gate, shift, scale, EPS
-        )
+        return ops.gated_residual_layer_norm_modulate(self.x, self.branch, self.gate, shift, scale, EPS)
 
 
 class Attention(nn.Module):
@@ -76,8 +75,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (self.q(x), self.k(tokens), self.v(tokens))
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(tokens), self.v(tokens))
         )
         keep = None if mask is None else mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
@@ -117,20 +115,23 @@ class DiTBlock(nn.Module):
     ) -> None:
         super().__init__()
         if conditioning not in MODULATION_ROWS:
-            raise ValueError(f"conditioning must be one of {CONDITIONINGS}, got {conditioning!r}")
-        if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
-            )
+            raise ValueError(f"conditioning: expected one of {CONDITIONINGS}, got {conditioning!r}")
+        check_whole("hidden_size", hidden_size, 1)
+        check_whole("num_heads", num_heads, 1)
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size: expected a multiple of num_heads {num_heads}, got {hidden_size}")
+        if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)):
+            raise TypeError(f"mlp_ratio: expected a number, got {mlp_ratio!r}")
+        width = int(hidden_size * mlp_ratio)
+        if width < 1:
+            raise ValueError(f"mlp_ratio: expected one that leaves a width of at least 1, got {mlp_ratio}")
         self.conditioning = conditioning
         self.hidden_size = hidden_size
         rows = MODULATION_ROWS[conditioning]
         self.attn = Attention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, width)
         if rows:
-            self.adaLN_modulation = nn.Sequential(
-                nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size)
-            )
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size))
             self.zero_modulation()
             return
         self.norm1 = nn.LayerNorm(hidden_size, eps=EPS)
@@ -184,21 +185,18 @@ class DiTBlock(nn.Module):
         x, normed = ResidualStream(x, self.attn(normed), gate1).norm_modulate(shift2, scale2)
         return ResidualStream(x, self.mlp(normed), gate2)
 
-    def _plain(
-        self, stream: ResidualStream, tokens: Tensor | None, mask: Tensor | None
-    ) -> ResidualStream:
+    def _plain(self, stream: ResidualStream, tokens: Tensor | None, mask: Tensor | None) -> ResidualStream:
         x = stream.total()
         x = x + self.attn(self.norm1(x))
         if self.conditioning == "cross_attention":
             x = x + self.cross_attn(self.norm_cross(x), tokens, mask)
         return ResidualStream(x, self.mlp(self.norm2(x)))
 
-    def _check(
-        self, x: Tensor, c: Tensor | None, mask: Tensor | None, modulation: Tensor | None
-    ) -> None:
+    def _check(self, x: Tensor, c: Tensor | None, mask: Tensor | None, modulation: Tensor | None) -> None:
         width, rows = self.hidden_size, MODULATION_ROWS[self.conditioning]
+        check_tensor("x", x)
         if x.ndim != 3 or x.shape[2] != width:
-            raise ValueError(f"x must be (B, T, {width}), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (B, T, {width}), got {tuple(x.shape)}")
         batch = x.shape[0]
         if rows and modulation is not None:
             _check_shape("modulation", modulation, (batch, rows, width))
@@ -209,16 +207,19 @@ class DiTBlock(nn.Module):
         if mask is None:
             return
         if self.conditioning != "cross_attention":
-            raise ValueError(f"mask is for cross_attention, not for {self.conditioning}")
+            raise ValueError(f"mask: expected None for conditioning {self.conditioning!r}, got a mask")
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean, True = attend, got {mask.dtype}")
+            raise TypeError(f"mask: expected dtype torch.bool, True = attend, got {mask.dtype}")
         _check_shape("mask", mask, (batch, c.shape[1]))
 
 
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int | None, ...]) -> None:
+    if tensor is not None:
+        check_tensor(name, tensor)
     got = () if tensor is None else tuple(tensor.shape)
     same_rank = len(got) == len(expected)
     if same_rank and all(e in (None, g) for e, g in zip(expected, got, strict=True)):
         return
     wanted = ", ".join("S" if e is None else str(e) for e in expected)
-    raise ValueError(f"{name} must be ({wanted}) here, got {None if tensor is None else got}")
+    raise ValueError(f"{name}: expected shape ({wanted}), got {None if tensor is None else got}")

@@ -19,7 +19,7 @@ def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
     each as [sin | cos] of position / 10000^(i / (dim / 4)).
     """
     if dim % 4:
-        raise ValueError(f"hidden_size must be a multiple of 4 for the sin-cos table, got {dim}")
+        raise ValueError(f"hidden_size: expected a multiple of 4 for the sin-cos table, got {dim}")
     rows, columns = grid
     steps = torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4)
 
@@ -50,9 +50,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
         super().__init__()
         self.frequency_size = frequency_size
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
     def features(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
@@ -90,23 +88,19 @@ class LabelEmbedder(nn.Module):
             return self.embedding_table(labels)
         except IndexError as error:
             last = self.embedding_table.num_embeddings - 1
-            raise ValueError(f"y: labels must be in 0..{last}, got {labels.tolist()}") from error
+            raise ValueError(f"y: expected labels in 0..{last}, got {labels.tolist()}") from error
 
 
 class FinalLayer(nn.Module):
     """The last norm, modulated or with weights of its own, and the projection to pixels."""
 
-    def __init__(
-        self, hidden_size: int, patch_size: int, out_channels: int, modulated: bool
-    ) -> None:
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, modulated: bool) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.modulated = modulated
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         if modulated:
-            self.adaLN_modulation = nn.Sequential(
-                nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)
-            )
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
         else:
             self.norm_final = nn.LayerNorm(hidden_size, eps=EPS)
 
@@ -114,9 +108,7 @@ class FinalLayer(nn.Module):
         """c (B, D) to (B, 2, D): shift and scale."""
         return self.adaLN_modulation(c).unflatten(-1, (2, self.hidden_size))
 
-    def forward(
-        self, stream: ResidualStream, c: Tensor | None = None, modulation: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, stream: ResidualStream, c: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
         """The stream (B, T, D) to (B, T, p*p*C), modulated by c (B, D) or by what it would give."""
         if not self.modulated:
             return self.linear(self.norm_final(stream.total()))

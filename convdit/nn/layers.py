@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convdit import ops
+from convdit._checks import check_tensor, check_whole
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 Map = Tensor | SparseTensor2d
@@ -39,13 +40,13 @@ class DepthwiseConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if kernel_size % 2 == 0 or not 3 <= kernel_size <= 31:
+        check_whole("dim", dim, 1)
+        check_whole("kernel_size", kernel_size, 3)
+        if kernel_size % 2 == 0 or kernel_size > 31:
             raise ValueError(f"kernel_size: expected an odd size from 3 to 31, got {kernel_size}")
         self.dim = dim
         self.kernel_size = kernel_size
-        self.weight = nn.Parameter(
-            torch.empty(dim, 1, kernel_size, kernel_size, device=device, dtype=dtype)
-        )
+        self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -56,9 +57,7 @@ class DepthwiseConv2d(nn.Module):
 
     def forward(self, x: Map) -> Map:
         if isinstance(x, SparseTensor2d):
-            return x.replace(
-                ops.sparse_depthwise_conv2d(x.features, self.weight, self.bias, x.sites)
-            )
+            return x.replace(ops.sparse_depthwise_conv2d(x.features, self.weight, self.bias, x.sites))
         return ops.depthwise_conv2d(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -75,11 +74,13 @@ class LayerNorm(nn.LayerNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_whole("dim", dim, 1)
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
 
     def forward(self, x: Map) -> Map:
         if isinstance(x, SparseTensor2d):
             return x.replace(super().forward(x.features))
+        check_tensor("x", x)
         return super().forward(x)
 
 
@@ -104,6 +105,7 @@ class GlobalResponseNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_whole("dim", dim, 1)
         check_scope("scope", scope)
         self.eps = eps
         self.scope = scope
@@ -137,9 +139,7 @@ def check_scope(name: str, scope: str) -> None:
         raise ValueError(f'{name}: expected "sample" or "batch", got {scope!r}')
 
 
-def drop_path(
-    values: Tensor, rate: float, training: bool, sites: ActiveSites | None = None
-) -> Tensor:
+def drop_path(values: Tensor, rate: float, training: bool, sites: ActiveSites | None = None) -> Tensor:
     """Stochastic depth (arXiv:1603.09382): zero a branch for whole images, scale up the others.
 
     values is (N, H, W, C), or (M, C) with the M sites.

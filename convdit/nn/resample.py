@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convdit._checks import check_fits, check_floating, check_whole
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 from .layers import LayerNorm, Map, hide
@@ -21,10 +22,19 @@ class Stem(nn.Sequential):
     """
 
     def __init__(self, in_chans: int, dim: int, stride: int = 4):
+        check_whole("in_chans", in_chans, 1)
+        check_whole("dim", dim, 1)
+        check_whole("stride", stride, 1)
         super().__init__(nn.Conv2d(in_chans, dim, stride, stride), LayerNorm(dim))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, c, H, W) to (N, H // stride, W // stride, C)."""
+    def forward(self, images: Tensor, name: str = "images") -> Tensor:
+        """(N, c, H, W) to (N, H // stride, W // stride, C).
+
+        Images on another device or of another dtype than the parameters are a ValueError or a
+        TypeError, under `name`; autocast takes every dtype but float64.
+        """
+        check_floating(name, images)
+        check_fits(name, images, self[0].weight)
         # The image has the fewest channels: this is the cheapest place to change the layout.
         images = images.contiguous(memory_format=torch.channels_last)
         return self[1](self[0](images).permute(0, 2, 3, 1).contiguous())
@@ -50,6 +60,7 @@ class Downsample(nn.Sequential):
     """
 
     def __init__(self, dim: int, out_dim: int):
+        check_whole("out_dim", out_dim, 1)
         super().__init__(LayerNorm(dim), nn.Conv2d(dim, out_dim, 2, 2))
 
     def forward(self, x: Map, visible: Tensor | None = None) -> Map:

@@ -54,11 +54,14 @@ def parameter(name: str, value: Tensor, x: Tensor) -> Tensor:
     return value.to(wanted)
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; meta tensors have none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device, as PyTorch treats a convolution's input."""
-    if x.is_meta:  # has no autocast
-        return x
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALVES):
+    if autocast_enabled(x) and x.dtype in (torch.float32, *HALVES):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

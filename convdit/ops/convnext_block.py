@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import autocast, check_floating, library, needs_grad, parameter, register_vmap
+from ._common import autocast, autocast_enabled, check_floating, library, needs_grad, parameter, register_vmap
 from .depthwise_conv import depthwise_conv2d_layer_norm
 from .grn import gelu_grn
 
@@ -107,12 +107,13 @@ def _check(x: Tensor, given: tuple[Tensor | None, ...]) -> None:
             wanted, got = (str(t.dtype).removeprefix("torch.") for t in (x, value))
             raise TypeError(f"{name}: expected the dtype of x ({wanted}), got {got}")
         # K and D are what the first argument that has them says.
+        known = {axis: sizes.get(axis, axis) for axis in axes}
         fits = value.dim() == len(axes)
         if fits:
             for axis, size in zip(axes, value.shape, strict=True):
                 fits = fits and sizes.setdefault(axis, size) == size
         if not fits:
-            wanted = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            wanted = ", ".join(str(known[axis]) for axis in axes)
             raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
         if value.device != x.device:
             raise ValueError(f"{name}: expected the device of x ({x.device}), got {value.device}")
@@ -139,7 +140,7 @@ def _composite(
 
 
 def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_autocast_enabled(y.device.type):  # it casts, and keeps what it cast
+    if autocast_enabled(y):  # it casts, and keeps what it cast
         return F.linear(y, weight, bias)
     return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
 

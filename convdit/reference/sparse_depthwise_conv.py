@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from convdit.sparse import ActiveSites
 
 
-def sparse_depthwise_conv2d(
-    features: Tensor, weight: Tensor, bias: Tensor | None, sites: ActiveSites
-) -> Tensor:
+def sparse_depthwise_conv2d(features: Tensor, weight: Tensor, bias: Tensor | None, sites: ActiveSites) -> Tensor:
     """Submanifold depthwise convolution: absent neighbours count as zero, absent sites stay absent.
 
     It uses no table of neighbours: the features are scattered to a zero-filled dense map, the map

@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Losses. The noise makes the decoder forgive what a diffusion model gets a little wrong."""
         latents = self.encoder(images)
-        decoded = self.decoder(latents + 0.1 * torch.randn_like(latents))
+        decoded = self.decoder(latents + 0.3 * torch.randn_like(latents))
         error = F.mse_loss(decoded, images)
         return {"loss": error + 1e-2 * latents.square().mean(), "error": error}
 

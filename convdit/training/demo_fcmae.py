@@ -22,6 +22,8 @@ from .runs import save_weights
 if TYPE_CHECKING:
     from .demo import DemoSettings, Stages
 
+_LOG = {"log_every": 5}  # short runs, smooth curves
+
 
 def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str, Any]:
     """The results of these stages, by name."""
@@ -31,7 +33,7 @@ def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) 
     results: dict[str, Any] = {}
 
     def stage_pretrain() -> dict[str, Any]:
-        options = PretrainOptions(**common, **settings.convnext, **settings.pretrain, seed=settings.seed)
+        options = PretrainOptions(**common, **settings.convnext, **settings.pretrain, seed=settings.seed, **_LOG)
         pretrain(options, trained, resume=trained.exists())
         model, normalise, _ = load_fcmae(trained)
         images, _ = splits.test.batch(torch.linspace(0, len(splits.test) - 1, 12).long())
@@ -89,6 +91,7 @@ def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) 
                     labels=settings.labels,
                     label_seed=seed,
                     seed=seed,
+                    **_LOG,
                 )
                 place = runs / f"finetune-{name.split()[0]}-{repeat}"
                 _, result = finetune(options, place, resume=place.exists())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import data
 from . import build
-from .common import device_of, convnext_of, finish, initial_encoder, normalisation, open_data
+from .common import convnext_of, device_of, finish, initial_encoder, normalisation, open_data
 from .engine import start, train
 from .evaluate import LinearProbe, accuracy, in_batches, pooled_features
 from .options import FinetuneOptions, ProbeOptions, saved

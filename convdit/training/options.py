@@ -40,7 +40,7 @@ class LoopOptions:
     warmup: int | None = option(None, "steps of linear warm-up (default: a twentieth of all)")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
-    augment: str = option("auto", "shift for small pictures, crop for large", AUGMENTATIONS)
+    augment: str = option("auto", "random geometry (auto: crop for large pictures)", AUGMENTATIONS)
     accumulate: int = option(1, "parts in which a batch is computed, to save memory")
     mixed_precision: str | None = option(None, "of the forward pass (default: as accelerate launch says)", _PRECISIONS)
     seed: int = option(0, "seed of weights, order, masks and noise")
@@ -94,6 +94,11 @@ class PretrainOptions(LoopOptions, ModelOptions, DataOptions):
     grn_scope: str = option("sample", "sites that GRN pools over", ("sample", "batch"))
     sparse: bool = option(True, "sparse convolutions; without: dense ones on masked maps, as a check")
 
+    def augmentation(self, image_size: int) -> str:
+        """Small pictures stay as they are: the random mask is change enough, and shifts made the features worse."""
+        kind = super().augmentation(image_size)
+        return "none" if self.augment == "auto" and kind == "shift" else kind
+
 
 @dataclass
 class FinetuneOptions(LoopOptions, ModelOptions, DataOptions):
@@ -131,6 +136,7 @@ class DiTOptions(LoopOptions, DataOptions):
     label_init_std: float = option(0.02, "spread of the untrained label table; 0.3 for short runs")
     class_dropout: float = option(0.1, "share of labels dropped, for guidance")
     learn_sigma: bool = option(True, "learn the variance as well")
+    schedule: str = option("linear", "growth of the noise", ("linear", "cosine"))
     latent: bool = option(False, "diffuse in the latent space of an autoencoder trained first")
     autoencoder_steps: int = option(600, "steps of the autoencoder, with --latent")
     ema: float = option(0.999, "decay of the moving average of the weights; 0: none")

@@ -158,7 +158,8 @@ def _transfer(settings: DemoSettings, splits: data.Splits, results: Mapping[str,
         f"Measured on {len(splits.test)} held-out pictures; a dot is a seed (another choice of "
         "labels and, for random weights, other weights). The probe averages each feature over the "
         "picture, which throws position away; raw pixels keep it, and are shown so that nobody "
-        "takes the probe for the best that can be done."
+        "takes the probe for the best that can be done. Fine-tuning is short: random weights come "
+        "closer with more steps."
     )
     return f"""<h2>2. What pre-training is worth, with {settings.labels} labels</h2>
 <p>The same encoder from pre-trained and from random weights: a linear classifier on its frozen,

@@ -69,7 +69,7 @@ class PictureMaker:
         """
         device = self.dit.pos_embed.device
         model = self.config["model"]
-        diffusion = GaussianDiffusion(STEPS, respacing=str(steps), learn_sigma=model["learn_sigma"])
+        diffusion = GaussianDiffusion(STEPS, self.config["schedule"], str(steps), model["learn_sigma"])
         start = torch.Generator().manual_seed(seed)  # the same noise on every device
         later = torch.Generator(device).manual_seed(seed + 1)
         side = model["input_size"]

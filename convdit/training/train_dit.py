@@ -37,6 +37,7 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
         "model": model_config,
         "classes": splits.train.classes,
         "latent": options.latent,
+        "schedule": options.schedule,
         "channels": channels,
     }
     run = Run(out, config, resume, accelerator.is_main_process)
@@ -44,7 +45,7 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
     autoencoder = None
     if options.latent:
         autoencoder = _train_autoencoder(options, splits.train, run.path / AUTOENCODER)
-    diffusion = GaussianDiffusion(STEPS, learn_sigma=options.learn_sigma)
+    diffusion = GaussianDiffusion(STEPS, options.schedule, learn_sigma=options.learn_sigma)
     kind = options.augmentation(height)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -83,9 +83,7 @@ def test_timm_both_ways(classifier, assert_same, version, conv_mlp):
 
 
 @pytest.mark.parametrize(("width", "axes"), [(40, 4), (80, 4), (96, 2)])
-def test_pointwise_weights_get_the_axes_of_timms_model_of_that_width(
-    classifier, assert_same, width, axes
-):
+def test_pointwise_weights_get_the_axes_of_timms_model_of_that_width(classifier, assert_same, width, axes):
     ours = classifier(dims=(width, 8, 8, 8))
     theirs = checkpoints.convert(ours, "timm")
     assert_same(theirs, timm_state(ours, conv_mlp=axes == 4))
@@ -108,9 +106,7 @@ def test_official_both_ways(classifier, encoder, assert_same):
         check_two_way(ours, official_state(ours), "convnextv2_official", assert_same)
 
 
-def test_an_fcmae_with_dense_layers_is_read_and_needs_encoder_only_to_be_written(
-    fcmae, assert_same
-):
+def test_an_fcmae_with_dense_layers_is_read_and_needs_encoder_only_to_be_written(fcmae, assert_same):
     ours = fcmae()
     theirs = official_state(ours)
     assert checkpoints.detect(theirs) == "convnextv2_official"
@@ -147,9 +143,7 @@ def test_bits_survive_in_every_dtype(classifier):
 
 
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize(
-    "name", ["timm", "transformers", "convnextv2_official", "convdit", "fcmae_minkowski"]
-)
+@pytest.mark.parametrize("name", ["timm", "transformers", "convnextv2_official", "convdit", "fcmae_minkowski"])
 def test_a_missing_and_an_extra_key_raise_and_are_named(classifier, name, told):
     theirs = checkpoints.convert(classifier(), name)
     for key in theirs:
@@ -200,9 +194,7 @@ def test_training_checkpoints_and_wrapped_models_are_unwrapped(classifier, asser
     assert_same(checkpoints.convert(ddp, "convdit"), ours)
 
 
-@pytest.mark.parametrize(
-    "name", ["timm", "transformers", "convnextv2_official", "convdit", "fcmae_minkowski"]
-)
+@pytest.mark.parametrize("name", ["timm", "transformers", "convnextv2_official", "convdit", "fcmae_minkowski"])
 def test_a_tensor_of_another_shape_raises_and_is_named(classifier, name):
     theirs = checkpoints.convert(classifier(), name)
     for key, value in theirs.items():

@@ -31,9 +31,7 @@ def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(
-    "name", ["convnextv2_atto", "convnextv2_tiny", "convnext_atto", "convnext_tiny"]
-)
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_atto", "convnext_tiny"])
 @torch.no_grad()
 def test_timm_logits_and_the_way_back(images, name):
     timm = pytest.importorskip("timm")

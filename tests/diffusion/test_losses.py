@@ -117,9 +117,7 @@ def test_masses_of_all_8_bit_values_sum_to_one_and_follow_the_normal():
 def test_divergence_equals_that_of_torch_distributions():
     a, b, c, e = torch.randn(4, 100, dtype=torch.float64)
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(
-        normal(a, torch.exp(b / 2)), normal(c, torch.exp(e / 2))
-    )
+    expected = torch.distributions.kl_divergence(normal(a, torch.exp(b / 2)), normal(c, torch.exp(e / 2)))
     torch.testing.assert_close(normal_kl(a, b, c, e), expected)
 
 
@@ -163,12 +161,12 @@ T = torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((X0.long(), T), TypeError, "x0 must have a floating dtype"),
-        ((X0, T.float()), TypeError, "t must hold whole step indices"),
-        ((X0, torch.tensor([0])), ValueError, r"t must be \(N,\) = \(2,\)"),
-        ((X0, torch.tensor([0, 50])), ValueError, r"t must be in 0..49, got 0..50"),
-        ((X0, torch.tensor([-1, 3])), ValueError, "t must be in 0..49, got -1..3"),
-        ((X0, T, X0[:1]), ValueError, "noise must be"),
+        ((X0.long(), T), TypeError, "x0: expected a floating dtype"),
+        ((X0, T.float()), TypeError, "t: expected whole step indices"),
+        ((X0, torch.tensor([0])), ValueError, r"t: expected shape \(N,\) = \(2,\)"),
+        ((X0, torch.tensor([0, 50])), ValueError, r"t: expected steps in 0..49, got 0..50"),
+        ((X0, torch.tensor([-1, 3])), ValueError, "t: expected steps in 0..49, got -1..3"),
+        ((X0, T, X0[:1]), ValueError, "noise: expected shape"),
     ],
 )
 def test_wrong_training_input_is_named(arguments, error, message):
@@ -180,5 +178,5 @@ def test_wrong_training_input_is_named(arguments, error, message):
 @pytest.mark.parametrize(("learn_sigma", "channels"), [(True, 3), (False, 6)])
 def test_model_with_the_wrong_number_of_channels_is_named(learn_sigma, channels):
     d = GaussianDiffusion(learn_sigma=learn_sigma)
-    with pytest.raises(ValueError, match=rf"the model must return .*learn_sigma={learn_sigma}"):
+    with pytest.raises(ValueError, match=rf"model: expected it to return .*learn_sigma={learn_sigma}"):
         d.training_losses(fixed(torch.zeros(2, channels, 4, 4)), X0, T)

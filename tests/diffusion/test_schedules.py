@@ -95,10 +95,10 @@ def test_impossible_respacing_is_named(respacing, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "sine"}, "schedule must be one of .*linear.*cosine.*got 'sine'"),
-        ({"steps": 0}, "steps must be a whole number above 0, got 0"),
-        ({"steps": 10.0}, "steps must be a whole number"),
-        ({"steps": 20}, "linear needs more than 20 steps"),
+        ({"schedule": "sine"}, "schedule: expected one of .*linear.*cosine.*got 'sine'"),
+        ({"steps": 0}, "steps: expected a whole number above 0, got 0"),
+        ({"steps": 10.0}, "steps: expected a whole number"),
+        ({"steps": 20}, "steps: expected more than 20 for the schedule linear, got 20"),
     ],
 )
 def test_impossible_schedule_is_named(options, message):

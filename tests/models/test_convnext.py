@@ -8,20 +8,27 @@ import torch
 from convdit import models
 from convdit.nn import DepthwiseConv2d
 
+# Those of timm where nobody published weights: convnextv2_small, convnext_huge.
 PUBLISHED = {
     "convnextv2_atto": 3_708_400,
     "convnextv2_femto": 5_233_240,
     "convnextv2_pico": 9_066_280,
     "convnextv2_nano": 15_623_800,
     "convnextv2_tiny": 28_635_496,
+    "convnextv2_small": 50_318_440,
     "convnextv2_base": 88_717_800,
     "convnextv2_large": 197_956_840,
     "convnextv2_huge": 660_289_640,
+    "convnext_atto": 3_695_520,
+    "convnext_femto": 5_217_784,
+    "convnext_pico": 9_045_672,
+    "convnext_nano": 15_593_560,
     "convnext_tiny": 28_589_128,
     "convnext_small": 50_223_688,
     "convnext_base": 88_591_464,
     "convnext_large": 197_767_336,
     "convnext_xlarge": 350_196_968,
+    "convnext_huge": 659_942_216,
 }
 
 
@@ -35,7 +42,11 @@ def small(version=2, **options):
     return model
 
 
-@pytest.mark.parametrize("name", models.list())
+def test_every_size_has_a_name_in_both_versions():
+    assert sorted(models.list()) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         model = models.create(name)
@@ -63,7 +74,7 @@ def from_timm(state_dict):
     return renamed
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto", "convnext_tiny"])
 def test_logits_features_and_gradients_equal_those_of_timm(name):
     timm = pytest.importorskip("timm", reason="timm is an optional package")
     torch.manual_seed(0)
@@ -89,9 +100,7 @@ def test_logits_features_and_gradients_equal_those_of_timm(name):
 
 def test_initial_weights_are_the_official_ones():
     torch.manual_seed(0)
-    model = models.create(
-        "convnext_tiny", depths=(1, 1), dims=(32, 64), num_classes=50, head_init_scale=0.5
-    )
+    model = models.create("convnext_tiny", depths=(1, 1), dims=(32, 64), num_classes=50, head_init_scale=0.5)
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, DepthwiseConv2d)):
             expected = 0.01 if name == "head" else 0.02
@@ -116,9 +125,7 @@ def test_intermediates_are_one_nchw_map_a_stage(version):
     assert [tuple(m.shape) for m in maps] == [(2, 8, 8, 12), (2, 12, 4, 6)]
     normed = model.forward_intermediates(images, norm=True)
     assert normed[0].equal(maps[0])
-    torch.testing.assert_close(
-        normed[1], model.norm(maps[1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    )
+    torch.testing.assert_close(normed[1], model.norm(maps[1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
     features = model.forward_features(images)
     torch.testing.assert_close(features, model.norm(maps[1].mean((2, 3))))
     torch.testing.assert_close(model(images), model.head(features))
@@ -210,3 +217,67 @@ def test_bad_input_is_refused_by_name():
         model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="num_classes: .* got -1"):
         model.reset_classifier(-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"depths": (1, -1, 2, 1)}, ValueError, r"depths: expected whole .* at least 1 each, got \(1, -1, 2, 1\)"),
+        ({"depths": (1, 1.5)}, TypeError, r"depths: expected whole numbers, got \(1, 1.5\)"),
+        ({"depths": 3}, TypeError, "depths: expected whole numbers, got 3"),
+        ({"dims": (8, 0)}, ValueError, r"dims: .* got \(8, 0\)"),
+        ({"depths": (), "dims": ()}, ValueError, "depths, dims: expected one of each a stage"),
+        ({"in_chans": 0}, ValueError, "in_chans: .* got 0"),
+        ({"num_classes": 2.5}, TypeError, "num_classes: expected a whole number, got 2.5"),
+        ({"num_classes": -1}, ValueError, "num_classes: .* got -1"),
+        ({"stem_stride": 0}, ValueError, "stem_stride: .* got 0"),
+        ({"drop_path_rate": 1.5}, ValueError, r"drop_path_rate: expected a rate in \[0, 1\), got 1.5"),
+        ({"drop_path_rate": "0.1"}, TypeError, "drop_path_rate: .* got '0.1'"),
+        ({"name": 3}, TypeError, "name: expected one of .*, got 3"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(options, kind, message):
+    with pytest.raises(kind, match=message):
+        models.create(**{"name": "convnextv2_atto", "depths": (1, 1), "dims": (6, 8)} | options)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda x: x.double(), TypeError, "x: expected the dtype of the parameters, torch.float32, got torch.float64"),
+        (lambda x: x.bfloat16(), TypeError, "x: expected the dtype of the parameters, torch.float32, got torch.bf"),
+        (lambda x: x.to("meta"), ValueError, "x: expected the device of the parameters, cpu, got meta"),
+        (lambda x: x.numpy(), TypeError, "x: expected a tensor, got ndarray"),
+    ],
+)
+def test_images_that_do_not_fit_the_parameters_are_refused_by_name(change, kind, message):
+    with pytest.raises(kind, match=message.replace("torch.bf", "torch.bfloat16")):
+        small()(change(torch.randn(1, 3, 16, 16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_takes_images_of_any_dtype_but_float64(dtype):
+    model, images = small(), torch.randn(1, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images.to(dtype))
+        with pytest.raises(TypeError, match="x: expected the dtype of the parameters, .* got torch.float64"):
+            model(images.double())
+    torch.testing.assert_close(logits.float(), model(images), rtol=0.1, atol=0.1)
+
+
+def test_load_encoder_refuses_what_is_no_state_dict_by_name():
+    model = small()
+    for bad, message in (
+        (None, "state_dict: expected a mapping of names to tensors, got NoneType"),
+        ({"stages.0": 3}, "state_dict: stages.0: expected a tensor, got int"),
+        ({3: torch.zeros(1)}, "state_dict: expected names of parameters, got 3"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            model.load_encoder(bad)
+
+
+def test_a_long_list_of_problems_is_cut_short():
+    with pytest.raises(ValueError, match=r"unknown extra.17; unknown extra.18; unknown extra.19; and 30 more$"):
+        state = {f"extra.{i}": torch.zeros(1) for i in range(50)}
+        model = small()
+        model.load_encoder(model.encoder().state_dict() | state)

@@ -262,18 +262,25 @@ def test_block_alone_equals_the_plain_restatement(conditioning):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(3, 5, 6, 8)}, ValueError, r"x must be \(N, 5, 6, 10\), got \(3, 5, 6, 8\)"),
-        ({"x": torch.zeros(5, 6, 10)}, ValueError, "x must be"),
-        ({"x": torch.zeros(3, 5, 6, 10).long()}, TypeError, "x must have a floating dtype"),
-        ({"t": torch.zeros(2)}, ValueError, r"t must be \(N,\) = \(3,\), got \(2,\)"),
-        ({"y": None}, ValueError, "y must hold labels"),
-        ({"y": torch.tensor([0, 1])}, ValueError, r"y must be \(N,\) = \(3,\)"),
-        ({"y": torch.tensor([0, 8, 1])}, ValueError, r"y: labels must be in 0..7, got \[0, 8, 1\]"),
-        ({"y": torch.tensor([0, -1, 1])}, ValueError, "y: labels must be in 0..7"),
-        ({"y": torch.tensor([True, True, False])}, TypeError, "y must hold int32 or int64 labels"),
-        ({"y": torch.zeros(3, 23)}, ValueError, r"y: embeddings must be \(3, 24\), got \(3, 23\)"),
-        ({"y": torch.zeros(3, 2, 24)}, ValueError, "y: embeddings"),
-        ({"y_mask": torch.ones(3, 2).bool()}, ValueError, "y_mask"),
+        ({"x": torch.zeros(3, 5, 6, 8)}, ValueError, r"x: expected shape \(N, 5, 6, 10\), got \(3, 5, 6, 8\)"),
+        ({"x": torch.zeros(5, 6, 10)}, ValueError, "x: expected shape"),
+        ({"x": torch.zeros(3, 5, 6, 10).long()}, TypeError, "x: expected a floating dtype, got torch.int64"),
+        ({"t": torch.zeros(2)}, ValueError, r"t: expected shape \(N,\) = \(3,\), got \(2,\)"),
+        ({"y": None}, ValueError, "y: expected labels .* got None"),
+        ({"y": torch.tensor([0, 1])}, ValueError, r"y: expected labels of shape \(N,\) = \(3,\)"),
+        ({"y": torch.tensor([0, 8, 1])}, ValueError, r"y: expected labels in 0..7, got \[0, 8, 1\]"),
+        ({"y": torch.tensor([0, -1, 1])}, ValueError, "y: expected labels in 0..7"),
+        ({"y": torch.tensor([True, True, False])}, TypeError, "y: expected int32 or int64 labels"),
+        ({"y": torch.zeros(3, 23)}, ValueError, r"y: expected embeddings of shape \(3, 24\), got \(3, 23\)"),
+        ({"y": torch.zeros(3, 2, 24)}, ValueError, "y: expected embeddings"),
+        ({"y_mask": torch.ones(3, 2).bool()}, ValueError, "y_mask: expected None"),
+        ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+        ({"t": 5}, TypeError, "t: expected a tensor, got int"),
+        ({"y": [1, 2, 3]}, TypeError, "y: expected a tensor, got list"),
+        ({"y_mask": True}, TypeError, "y_mask: expected a tensor, got bool"),
+        ({"x": torch.zeros(3, 5, 6, 10, device="meta")}, ValueError, "x: expected the device of the parameters, cpu"),
+        ({"t": torch.zeros(3, device="meta")}, ValueError, "t: expected the device of x, cpu, got meta"),
+        ({"y": torch.zeros(3, dtype=torch.long, device="meta")}, ValueError, "y: expected the device of x, cpu"),
     ],
 )
 def test_wrong_input_is_named(change, error, message):
@@ -286,11 +293,17 @@ def test_wrong_input_is_named(change, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_size": 7}, "input_size must be a multiple of patch_size 2, got 7"),
-        ({"num_heads": 5}, "hidden_size must be a multiple of num_heads, got 24 and 5"),
-        ({"hidden_size": 6, "num_heads": 3}, "hidden_size must be a multiple of 4"),
-        ({"conditioning": "film"}, "conditioning must be one of .*adaln_zero.*got 'film'"),
-        ({"class_dropout_prob": 1.5}, "class_dropout_prob"),
+        ({"input_size": 7}, "input_size: expected a multiple of patch_size 2, got 7"),
+        ({"num_heads": 5}, "hidden_size: expected a multiple of num_heads 5, got 24"),
+        ({"hidden_size": 6, "num_heads": 3}, "hidden_size: expected a multiple of 4"),
+        ({"conditioning": "film"}, "conditioning: expected one of .*adaln_zero.*got 'film'"),
+        ({"class_dropout_prob": 1.5}, r"class_dropout_prob: expected a rate in \[0, 1\], got 1.5"),
+        ({"patch_size": 0}, "patch_size: .* got 0"),
+        ({"num_heads": 0}, "num_heads: .* got 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio: .* got 0"),
+        ({"depth": -1}, "depth: .* got -1"),
+        ({"num_classes": -1}, "num_classes: .* got -1"),
+        ({"input_size": (4, 4, 4)}, "input_size: expected 2 whole numbers"),
     ],
 )
 def test_wrong_configuration_is_named(options, message):
@@ -300,14 +313,18 @@ def test_wrong_configuration_is_named(options, message):
 
 def test_block_names_wrong_conditions():
     block = DiTBlock(24, 3)
-    with pytest.raises(ValueError, match=r"c must be \(2, 24\) here, got None"):
+    with pytest.raises(ValueError, match=r"c: expected shape \(2, 24\), got None"):
         block(torch.zeros(2, 5, 24))
-    with pytest.raises(ValueError, match=r"modulation must be \(2, 6, 24\)"):
+    with pytest.raises(ValueError, match=r"modulation: expected shape \(2, 6, 24\)"):
         block(torch.zeros(2, 5, 24), modulation=torch.zeros(2, 4, 24))
-    with pytest.raises(ValueError, match="mask is for cross_attention"):
+    with pytest.raises(TypeError, match="c: expected a tensor, got int"):
+        block(torch.zeros(2, 5, 24), 3)
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        block([1.0])
+    with pytest.raises(ValueError, match="mask: expected None for conditioning 'adaln_zero', got a mask"):
         block(torch.zeros(2, 5, 24), torch.zeros(2, 24), mask=torch.ones(2, 3).bool())
     cross = DiTBlock(24, 3, conditioning="cross_attention")
-    with pytest.raises(ValueError, match=r"c must be \(2, S, 24\)"):
+    with pytest.raises(ValueError, match=r"c: expected shape \(2, S, 24\)"):
         cross(torch.zeros(2, 5, 24), torch.zeros(2, 24))
-    with pytest.raises(TypeError, match="mask must be boolean"):
+    with pytest.raises(TypeError, match="mask: expected dtype torch.bool"):
         cross(torch.zeros(2, 5, 24), torch.zeros(2, 3, 24), mask=torch.ones(2, 3))

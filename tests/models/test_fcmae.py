@@ -259,6 +259,12 @@ def test_bad_settings_are_refused_by_name():
         ({"image_size": 30}, "image_size: .* patches of 8x8 divide, got 30x30"),
         ({"mask_ratio": 1.0}, r"mask_ratio: .* \[0, 1\), got 1.0"),
         ({"mask_ratio": 0.95}, "mask_ratio: 0.95 of 9 patches leaves no visible patch"),
+        ({"mask_ratio": 0.0}, "mask_ratio: 0.0 of 9 patches removes none"),
+        ({"decoder_depth": -1}, "decoder_depth: .* at least 0, got -1"),
+        ({"decoder_dim": 0}, "decoder_dim: .* at least 1, got 0"),
+        ({"dims": (6, 0)}, r"dims: .* got \(6, 0\)"),
+        ({"image_size": (24, 24, 24)}, "image_size: expected 2 whole numbers"),
+        ({"drop_path_rate": 1.5}, "drop_path_rate: .* got 1.5"),
         ({"grn_scope": "image"}, "grn_scope: .* got 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -266,6 +272,40 @@ def test_bad_settings_are_refused_by_name():
     encoder = models.create("convnextv2_atto", depths=(1, 1), dims=(6, 8))
     with pytest.raises(ValueError, match="only for an encoder given by name"):
         models.FCMAE(encoder, patch_size=8, image_size=24, depths=(1, 1))
+    with pytest.raises(ValueError, match="in_chans: expected 3, the channels of the encoder, got 5"):
+        models.FCMAE(encoder, patch_size=8, image_size=24, in_chans=5)
+    for options, message in (
+        ({"decoder_depth": 1.5}, "decoder_depth: .* got 1.5"),
+        ({"decoder_dim": "12"}, "decoder_dim: .* got '12'"),
+        ({"image_size": 24.0}, "image_size: .* got 24.0"),
+        ({"mask_ratio": "most"}, "mask_ratio: .* got 'most'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            build(**options)
+    with pytest.raises(TypeError, match=r"encoder: expected a name .* or a ConvNeXt, got int"):
+        models.FCMAE(3)
+
+
+def test_an_encoder_of_other_channels_needs_no_second_word():
+    encoder = models.create("convnextv2_atto", depths=(1, 1), dims=(6, 8), in_chans=1)
+    model = models.FCMAE(encoder, patch_size=8, image_size=16)
+    assert model(torch.randn(2, 1, 16, 16)).pred.shape == (2, 4, 64)
+
+
+def test_wrong_patches_are_refused_by_name():
+    model = build()
+    for patches, grid, kind, message in (
+        (torch.zeros(2, 9, 192), (3, 4), ValueError, r"patches: expected shape \(N, 12, 64 \* c\).* got \(2, 9, 192\)"),
+        (torch.zeros(2, 12, 100), (3, 4), ValueError, "patches: .* got"),
+        (torch.zeros(12, 192), (3, 4), ValueError, "patches: .* got"),
+        (torch.zeros(2, 12, 192), (3,), ValueError, "grid: expected 2 whole numbers"),
+        (torch.zeros(2, 12, 192), 12, TypeError, "grid: expected 2 whole numbers, got 12"),
+        ("patches", (3, 4), TypeError, "patches: expected a tensor, got str"),
+    ):
+        with pytest.raises(kind, match=message):
+            model.unpatchify(patches, grid)
+    with pytest.raises(ValueError, match=r"images: expected shape \(N, c, H, W\), got \(3, 24, 32\)"):
+        model.patchify(some_images()[0])
 
 
 def test_bad_images_and_masks_are_refused_by_name():
@@ -277,9 +317,18 @@ def test_bad_images_and_masks_are_refused_by_name():
         ((images[:, :1],), ValueError, r"images: expected .* \(N, 3, H, W\)"),
         ((images[..., :30],), ValueError, "images: .* got 24x30"),
         ((images.byte(),), TypeError, "images: expected a floating dtype, got torch.uint8"),
+        ((images[:0],), ValueError, r"images: expected at least one image, got shape \(0, 3, 24, 32\)"),
+        (
+            (images.float(),),
+            TypeError,
+            "images: expected the dtype of the parameters, torch.float64, got torch.float32",
+        ),
+        ((images.to("meta"),), ValueError, "images: expected the device of the parameters, cpu, got meta"),
+        ((images.numpy(),), TypeError, "images: expected a tensor, got ndarray"),
+        ((images, mask.tolist()), TypeError, "mask: expected a tensor, got list"),
         ((images, mask.float()), TypeError, "mask: expected dtype torch.bool"),
         ((images, mask[:2]), ValueError, r"mask: expected shape \(3, 3, 4\), got \(2, 3, 4\)"),
-        ((images, mask.to("meta")), ValueError, "mask: expected the images' device, cpu, got meta"),
+        ((images, mask.to("meta")), ValueError, "mask: expected the device of the images, cpu, got meta"),
         ((images, none_visible), ValueError, "mask: expected a visible patch in every image"),
         ((images, none_removed), ValueError, "mask: expected a removed patch"),
     ):

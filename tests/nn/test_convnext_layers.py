@@ -174,6 +174,12 @@ def test_layers_take_device_and_dtype():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: nn.DepthwiseConv2d(0), "dim: expected a whole number, at least 1, got 0"),
+        (lambda: nn.GlobalResponseNorm(0), "dim: .* got 0"),
+        (lambda: nn.LayerNorm(0), "dim: .* got 0"),
+        (lambda: nn.ConvNeXtBlock(-4), "dim: .* got -4"),
+        (lambda: nn.Stem(3, 8, 0), "stride: .* got 0"),
+        (lambda: nn.Downsample(4, 0), "out_dim: .* got 0"),
         (lambda: nn.DepthwiseConv2d(4, 4), "kernel_size: .* got 4"),
         (lambda: nn.DepthwiseConv2d(4, 33), "kernel_size: .* got 33"),
         (lambda: nn.ConvNeXtBlock(4, version=3), "version: .* got 3"),
@@ -183,4 +189,25 @@ def test_layers_take_device_and_dtype():
 )
 def test_bad_settings_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.DepthwiseConv2d(4.0), "dim: expected a whole number, got 4.0"),
+        (lambda: nn.DepthwiseConv2d(4, 7.0), "kernel_size: expected a whole number, got 7.0"),
+        (lambda: nn.ConvNeXtBlock("4"), "dim: expected a whole number, got '4'"),
+        (lambda: nn.ConvNeXtBlock(4, drop_path="much"), "drop_path: .* got 'much'"),
+        (lambda: nn.LayerNorm(4)([1.0]), "x: expected a tensor, got list"),
+        (lambda: nn.DepthwiseConv2d(4)([1.0]), "x: expected a tensor, got list"),
+        (lambda: nn.ConvNeXtBlock(4)([1.0]), "x: expected a tensor, got list"),
+        (lambda: nn.ConvNeXtBlock(4, version=1)(None), "x: expected a tensor, got NoneType"),
+        (lambda: nn.GlobalResponseNorm(4)([1.0]), "x: expected a tensor, got list"),
+        (lambda: nn.Downsample(4, 8)([1.0]), "x: expected a tensor, got list"),
+        (lambda: nn.Stem(3, 8)([1.0]), "images: expected a tensor, got list"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(make, message):
+    with pytest.raises(TypeError, match=message):
         make()

@@ -93,7 +93,7 @@ def assert_error_rule(case: Case, dtype: torch.dtype) -> None:
 def assert_rows_close(ours: Tensor, plain: Tensor, right: Tensor, dtype: torch.dtype, what: str) -> None:
     if ours.numel() == 0:
         return
-    o, p, r = (t.detach().double().reshape(-1, t.shape[-1] if t.dim() > 1 else t.numel()) for t in (ours, plain, right))
+    o, p, r = (_rows(t.detach().double()) for t in (ours, plain, right))
     error, plain_error, largest = (o - r).abs().amax(1), (p - r).abs().amax(1), r.abs().amax(1)
     # In a row of one or two values PyTorch may be right by luck: its median row, at this row's size, counts as well.
     some = largest > 0
@@ -106,6 +106,13 @@ def assert_rows_close(ours: Tensor, plain: Tensor, right: Tensor, dtype: torch.d
         f"{what}: row {worst}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}, "
         f"largest value {largest[worst]:.3g}"
     )
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows of the error rule: a site's or token's channels, the taps of a depthwise weight's channel, a vector."""
+    if t.dim() == 4 and t.shape[1] == 1 and t.shape[2] == t.shape[3]:  # (C, 1, K, K)
+        return t.flatten(1)
+    return t.reshape(-1, t.shape[-1] if t.dim() > 1 else t.numel())
 
 
 def assert_equals_reference(case: Case) -> None:

@@ -110,9 +110,7 @@ def test_gradients_of_first_and_second_order_match_finite_differences():
         (reference.gelu_grn, arguments((2, 2, 2, 3), (3,), (3,))),
         (
             reference.convnext_block,
-            arguments(
-                (1, 2, 2, 2), (2, 1, 3, 3), (2,), (2,), (2,), (3, 2), (3,), (3,), (3,), (2, 3), (2,)
-            ),
+            arguments((1, 2, 2, 2), (2, 1, 3, 3), (2,), (2,), (2,), (3, 2), (3,), (3,), (3,), (2, 3), (2,)),
         ),
         (
             lambda *a: reference.sparse_depthwise_conv2d(*a, sites),
@@ -135,11 +133,7 @@ def test_neighbors_names_the_row_of_each_visible_site_of_the_window(radius):
     indices = visible.nonzero().int()
     rows = {tuple(site): row for row, site in enumerate(indices.tolist())}
     expected = [
-        [
-            rows.get((n, y + dy, x + dx), -1)
-            for dy in range(-radius, radius + 1)
-            for dx in range(-radius, radius + 1)
-        ]
+        [rows.get((n, y + dy, x + dx), -1) for dy in range(-radius, radius + 1) for dx in range(-radius, radius + 1)]
         for n, y, x in indices.tolist()
     ]
     table = reference.neighbors(indices, 3, 4, 5, radius)
@@ -150,9 +144,7 @@ def test_neighbors_names_the_row_of_each_visible_site_of_the_window(radius):
 def test_an_unknown_grn_scope_is_refused_by_name():
     sites = some_sites(two_images())
     with pytest.raises(ValueError, match=r"scope.*'image'"):
-        reference.sparse_grn(
-            random(sites.indices.shape[0], 2), random(2), random(2), sites, scope="image"
-        )
+        reference.sparse_grn(random(sites.indices.shape[0], 2), random(2), random(2), sites, scope="image")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,46 @@
+// What every CUDA launcher needs: grids, alignment, dispatch by dtype, the status of a launch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace convdit::cuda {
+
+// A kernel loops over its tasks with the grid as stride, so a grid may be smaller than the number of tasks.
+inline unsigned grid(int64_t tasks) {
+  constexpr int64_t kMost = 0x7fffffff;
+  return static_cast<unsigned>(tasks < kMost ? tasks : kMost);
+}
+
+// Dynamic shared memory that every GPU grants without asking (48 KiB), less what a kernel may declare itself.
+constexpr int64_t kSharedBytes = 47 * 1024;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads of a block that works on one row of `width` elements, `vector` a thread: whole warps, at most `most`.
+inline unsigned row_threads(int64_t width, int64_t vector, int64_t most) {
+  const int64_t threads = ceil_div(ceil_div(width, vector), 32) * 32;
+  return static_cast<unsigned>(threads < most ? threads : most);
+}
+
+template <class... P>
+bool aligned(int64_t bytes, const P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);
+}
+
+inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
+
+template <class F>
+int dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    default: return f(float{});
+  }
+}
+
+}  // namespace convdit::cuda

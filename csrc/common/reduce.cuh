@@ -1,0 +1,52 @@
+// Sums over a warp and over a block, in a fixed order; every thread gets the same result.
+#pragma once
+#include <cstdint>
+
+namespace convdit::cuda {
+
+constexpr int kWarp = 32;
+
+template <class A>
+__device__ __forceinline__ A warp_sum(A x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Sums of two values over the block; `scratch` is shared memory for 2 values a warp. All threads must call it.
+template <class A>
+__device__ __forceinline__ void block_sum(A& x, A& y, A* scratch) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  x = warp_sum(x), y = warp_sum(y);
+  __syncthreads();  // the sums before may still be read
+  if (threadIdx.x % kWarp == 0) scratch[2 * warp] = x, scratch[2 * warp + 1] = y;
+  __syncthreads();
+  x = y = 0;
+  for (int i = 0; i < warps; ++i) x += scratch[2 * i], y += scratch[2 * i + 1];
+}
+
+// Mean and 1/sqrt(variance + eps) of a row of `width` elements by one warp. load(i, values) gives the N elements from i on,
+// 0 beyond the end. The variance is taken about the mean, in a second pass: right for rows with a large mean.
+template <int N, class A, class F>
+__device__ __forceinline__ void warp_row_statistics(int64_t width, A eps, const F& load, A& mean, A& rstd) {
+  const int lane = threadIdx.x % kWarp;
+  A values[N], total = 0;
+  for (int64_t i = lane * N; i < width; i += kWarp * N) {
+    load(i, values);
+#pragma unroll
+    for (int k = 0; k < N; ++k) total += values[k];
+  }
+  mean = warp_sum(total) / static_cast<A>(width);
+  total = 0;
+  for (int64_t i = lane * N; i < width; i += kWarp * N) {
+    load(i, values);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const A d = i + k < width ? values[k] - mean : A(0);
+      total += d * d;
+    }
+  }
+  rstd = A(1) / sqrt(warp_sum(total) / static_cast<A>(width) + eps);
+}
+
+}  // namespace convdit::cuda
