@@ -9,8 +9,6 @@
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
-constexpr int64_t kLineFloats = 16;
-
 template <class A>
 struct Forward {
   const SparseDepthwise& p;
@@ -45,16 +43,6 @@ CONVDIT_INLINE void add_rows(Vec<float>* out, const float* x, int64_t channels, 
   });
 }
 
-// Brings into the second-level cache a share of the features that the block after next will read and write.
-inline void prefetch_share(const Forward<float>& f, int64_t block, int64_t share, int64_t shares, int64_t ahead) {
-  const int64_t size = f.p.block * f.p.block * f.p.channels, part = (size + shares - 1) / shares;
-  if (block + ahead >= f.p.blocks) return;
-  const int64_t begin = (block + ahead) * size + share * part, end = least(begin + part, (block + ahead + 1) * size);
-  for (int64_t i = begin; i < end; i += kLineFloats) __builtin_prefetch(f.x + i, 0, 2);
-  const int64_t out = (block + 1) * size + share * part;
-  for (int64_t i = 0; i < end - begin; i += kLineFloats) __builtin_prefetch(f.y + out + i, 1, 2);
-}
-
 // ---- blocks of 8: two rows of outputs at a time (one where there are 16 registers) --------------------------------
 constexpr int kTileRows = kVectorRegisters >= 32 ? 2 : 1;
 
@@ -82,7 +70,6 @@ inline void block8(const Forward<float>& f, int64_t block, int64_t vector, int64
   const float* weights = f.weight + vector * kTaps * kFloats;
   const Vec<float> bias = f.bias_of(vector, n);
   for (int top = 0; top < B; top += kTileRows) {
-    prefetch_share(f, block, vector * (B / kTileRows) + top / kTileRows, special_vectors(channels) * (B / kTileRows), 16);
     Vec<float> out[kTileRows * B];
     unroll<kTileRows * B>([&]<int i>() CONVDIT_FLAT { out[i] = bias; });
     for (int dy = top < kHalf ? -1 : 0; dy <= (top + kTileRows - 1 + kHalf >= B ? 1 : 0); ++dy) {
@@ -134,17 +121,15 @@ inline void block4(const Forward<float>& f, int64_t block, int64_t vector, int64
 
 template <int B>
 void forward_blocks(const Forward<float>& f, const Runner& run) {
-  constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8;
+  constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8, kVectorsAtOnce = 12;
   const int64_t blocks = f.p.blocks, vectors = special_vectors(f.p.channels);
   run((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t task) {
     const int64_t first = task * kBlocksPerTask, end = least(first + kBlocksPerTask, blocks);
-    for (int64_t block = first; block < end; ++block) {
-    for (int64_t vector = 0; vector < vectors; ++vector) {
-      const int64_t n = f.lanes_of(vector);
-      if (B == 4) prefetch_share(f, block, vector, vectors, 8);
-      B == 8 ? block8(f, block, vector, n) : block4(f, block, vector, n);
-      }
-    }
+    // Few vectors at once, so that their weights stay in the first-level cache; block by block, as memory has them.
+    for (int64_t begin = 0; begin < vectors; begin += kVectorsAtOnce)
+      for (int64_t block = first; block < end; ++block)
+        for (int64_t vector = begin; vector < least(begin + kVectorsAtOnce, vectors); ++vector)
+          B == 8 ? block8(f, block, vector, f.lanes_of(vector)) : block4(f, block, vector, f.lanes_of(vector));
   });
 }
 
