@@ -61,7 +61,8 @@ def _judged(settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str,
         with torch.no_grad():
             return classifier.head(features), features
 
-    real, _ = splits.train.batch(torch.randperm(len(splits.train))[:4000])
+    chosen = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))[:4000]
+    real, _ = splits.train.batch(chosen)
     reference = judge(real)[1]
     kept = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(0))[:count]
     held_out, truth = splits.test.batch(kept)

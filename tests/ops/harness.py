@@ -110,8 +110,8 @@ def assert_rows_close(ours: Tensor, plain: Tensor, right: Tensor, dtype: torch.d
 
 def _rows(t: Tensor) -> Tensor:
     """Rows of the error rule: a site's or token's channels, the taps of a depthwise weight's channel, a vector."""
-    if t.dim() == 4 and t.shape[1] == 1 and t.shape[2] == t.shape[3]:  # (C, 1, K, K)
-        return t.flatten(1)
+    if t.dim() == 4 and t.shape[1] == 1 and t.shape[2] == t.shape[3]:  # (C, 1, K, K); K = 1: a vector of channels
+        return t.flatten(1) if t.shape[2] > 1 else t.reshape(1, -1)
     return t.reshape(-1, t.shape[-1] if t.dim() > 1 else t.numel())
 
 

@@ -188,3 +188,15 @@ def test_stop_between_checkpoints_raises_interrupted_with_the_signal_s_status(tm
         pretrain(tiny_pretrain(), tmp_path / "run")
     assert caught.value.status == 130
     assert json.loads((tmp_path / "run" / "config.json").read_text())["task"] == "pretrain"
+
+
+def test_two_processes_train_together_and_resume(tmp_path):
+    options = "--data digits --hidden-size 16 --depth 1 --num-heads 2 --batch-size 16 --save-every 2 --steps 4 --cpu"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "convdit", "train-dit", *options.split(), "--out", str(tmp_path / "run")]
+    for extra in ([], ["--resume"]):
+        done = subprocess.run(command + extra, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [2, 4]
+    (_, folder), *_ = runs.Run(tmp_path / "run", {}, main=False).checkpoints()
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {p.name for p in folder.iterdir()}
