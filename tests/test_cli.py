@@ -121,7 +121,7 @@ def test_resume_takes_the_options_of_the_run(pretrained, capsys):
         (["--steps", "0"], "steps: expected at least 1"),
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--batch-size", "15", "--accumulate", "2"], "batch_size: 15 does not divide"),
-        (["--model", "resnet50"], "expected one of convnext_atto"),
+        (["--model", "resnet50"], "model: expected auto, small or one of convnext"),
         (["--mask-ratio", "1.5"], "ratio"),
         (["--image-size", "18"], "18x18"),
     ],

@@ -25,6 +25,8 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     name = options.model
     if name == "auto":
         name = "small" if image_shape[1] <= _SMALL_PICTURE else "convnextv2_atto"
+    if name != "small" and name not in models.list():
+        raise ValueError(f"model: expected auto, small or one of {', '.join(models.list())}; got {name!r}")
     config: dict[str, Any] = dict(_SMALL_CONVNEXT) if name == "small" else {"name": name}
     for key in ("depths", "dims", "stem_stride"):
         if getattr(options, key) is not None:

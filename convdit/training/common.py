@@ -15,7 +15,13 @@ from .transforms import Normalise
 
 
 def open_data(options: DataOptions) -> data.Splits:
-    return data.load(options.data, options.image_size, options.channels)
+    train, test = data.load(options.data, options.image_size, options.channels)
+    if options.held_out is not None:
+        if options.held_out < 1:
+            raise ValueError(f"held_out: expected at least 1, got {options.held_out}")
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+        test = test.subset(order[: options.held_out].sort().values)
+    return data.Splits(train, test)
 
 
 def initial_encoder(source: str) -> tuple[dict[str, Tensor], dict | None]:

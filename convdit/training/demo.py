@@ -11,6 +11,8 @@ from typing import Any
 
 from .. import data
 from ..data.errors import require
+from .common import open_data
+from .options import DataOptions
 from .runs import RunError, read_json, write_json
 
 
@@ -44,6 +46,7 @@ class DemoSettings:
         latent=True,
         autoencoder_steps=400,
     )
+    held_out: int = 1000  # at most, so that a large set takes no longer
     samples: int = 50  # a class, for the figures of merit
     sampling_steps: int = 50
     timing_rounds: int = 7
@@ -65,6 +68,7 @@ class DemoSettings:
                 "latent": True,
                 "autoencoder_steps": 60,
             },
+            held_out=500,
             samples=10,
             sampling_steps=10,
             timing_rounds=3,
@@ -129,7 +133,8 @@ def demo(
 
 
 def _open(settings: DemoSettings) -> data.Splits:
-    splits = data.load(settings.data, image_size=None if settings.data in data.EMBEDDED else 32)
+    size = None if settings.data in data.EMBEDDED else 32
+    splits = open_data(DataOptions(settings.data, size, held_out=settings.held_out))
     classes = len(splits.train.classes)
     settings.labels = max(settings.labels, classes)
     if settings.labels > len(splits.train):

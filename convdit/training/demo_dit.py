@@ -27,6 +27,7 @@ def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) 
     common = {
         "data": settings.data,
         "image_size": splits.train.image_shape[1],
+        "held_out": settings.held_out,
         "cpu": settings.cpu,
         "seed": settings.seed,
     }

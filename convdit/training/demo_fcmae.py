@@ -27,7 +27,12 @@ _LOG = {"log_every": 5}  # short runs, smooth curves
 
 def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str, Any]:
     """The results of these stages, by name."""
-    common = {"data": settings.data, "image_size": splits.train.image_shape[1], "cpu": settings.cpu}
+    common = {
+        "data": settings.data,
+        "image_size": splits.train.image_shape[1],
+        "held_out": settings.held_out,
+        "cpu": settings.cpu,
+    }
     runs = out / "runs"
     trained = runs / "pretrain"
     results: dict[str, Any] = {}

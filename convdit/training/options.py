@@ -20,6 +20,7 @@ class DataOptions:
     data: str = option("mnist5k", "mnist5k, digits, or a path: pictures by class, IDX, .npz, ...")
     image_size: int | None = option(None, "side of the square pictures (default: as the data)")
     channels: int | None = option(None, "1 or 3 (default: as the data)")
+    held_out: int | None = option(None, "judge on so many of the held-out pictures (default: all)")
 
 
 @dataclass
