@@ -7,10 +7,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test bench lint clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
-	@echo "make test      build with everything the tests need, run the tests (slow ones: make test-all)"
+	@echo "make test      build with everything the tests need, run the tests"
 	@echo "make bench     time the operators against PyTorch"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
@@ -32,9 +32,6 @@ demo: $(VENV)/.train
 	$(BIN)/convdit demo --out demo-report
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test

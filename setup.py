@@ -58,7 +58,10 @@ class CMakeBuild(build_ext):
         """In place and editable builds: all the libraries go beside the Python files, not only ``_C``."""
         out = Path(self.build_lib) / "convdit"
         for library in out.glob("*.so"):
-            shutil.copy2(library, ROOT / "convdit")
+            # Renamed into place: writing over a library that a running process has mapped would crash it.
+            whole = ROOT / "convdit" / f".{library.name}.{os.getpid()}"
+            shutil.copy2(library, whole)
+            os.replace(whole, ROOT / "convdit" / library.name)
 
 
 setup(ext_modules=[Extension("convdit._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
