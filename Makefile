@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
-	@echo "make bench     time the operators against PyTorch"
+	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
 
@@ -35,7 +35,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks
+	$(BIN)/convdit bench --out benchmarks/results
 
 lint: $(BIN)/python
 	@$(BIN)/python -m pip install -q ruff
