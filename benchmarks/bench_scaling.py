@@ -12,7 +12,8 @@ import torch
 
 from . import bench_adaln, bench_attention, bench_convnext, bench_depthwise_conv, bench_dit, bench_fcmae, bench_grn
 from . import bench_sparse_depthwise_conv as bench_sparse
-from .harness import Comparison, Function, Work
+from .clock import with_threads
+from .harness import Comparison, Work
 
 BENCHES = (
     bench_depthwise_conv,
@@ -48,15 +49,3 @@ def two_threads(build: Callable[[], Work]) -> Work:
         raise NotImplementedError("threads are the CPU's")
     ours = build().ours
     return Work(with_threads(2, ours), {"one thread": with_threads(1, ours)}, wall=True)
-
-
-def with_threads(threads: int, function: Function) -> Function:
-    def call():
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return function()
-        finally:
-            torch.set_num_threads(before)
-
-    return call

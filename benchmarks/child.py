@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
 import traceback
@@ -30,6 +31,7 @@ def main() -> None:
     def answer(**values) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
+    torch._logging.set_logs(all=logging.ERROR)  # a compiler's remarks are no part of the table
     given = suite.Selection(**json.loads(sys.argv[1]))
     torch.set_num_threads(given.threads)
     if given.device == "cuda":

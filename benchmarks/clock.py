@@ -36,6 +36,20 @@ def device_seconds(function: Function, repeats: int) -> float:
     return total / repeats
 
 
+def with_threads(threads: int, function: Callable) -> Callable:
+    """The function, called with that many of PyTorch's threads."""
+
+    def call(*arguments):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return function(*arguments)
+        finally:
+            torch.set_num_threads(before)
+
+    return call
+
+
 def enough_repeats(seconds: float) -> int:
     """Calls to time together, so that the clock's own resolution does not matter."""
     return max(1, int(0.004 / max(seconds, 1e-6)))

@@ -17,7 +17,7 @@ import torch
 import torch._functorch.config
 
 from .bars import Bar, find_bar
-from .clock import Function, enough_repeats, seconds_a_call
+from .clock import Function, enough_repeats, seconds_a_call, with_threads
 from .machine import Machine
 
 torch._functorch.config.donated_buffer = False  # a compiled graph's backward is called more than once here
@@ -157,7 +157,12 @@ def ceiling(work: Work, machine: Machine, dtype: torch.dtype) -> tuple[str, floa
 
 
 def measure(comparison: Comparison, machine: Machine, malloc: str, seconds: float, quick: bool = False) -> Row:
-    work, bar, threads = comparison.build(), comparison.bar, comparison.threads or torch.get_num_threads()
+    threads = comparison.threads or torch.get_num_threads()
+    return with_threads(threads, _measure)(comparison, machine, malloc, seconds, quick)
+
+
+def _measure(comparison: Comparison, machine: Machine, malloc: str, seconds: float, quick: bool) -> Row:
+    work, bar, threads = comparison.build(), comparison.bar, torch.get_num_threads()
     if quick and comparison.heavy:
         work.rivals, bar = {k: f for k, f in work.rivals.items() if not k.endswith(COMPILED)}, None
     functions = [work.ours, *work.rivals.values()]
