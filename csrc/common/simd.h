@@ -24,7 +24,8 @@
 
 namespace convdit::CONVDIT_LEVEL {
 
-#if defined(__AVX512F__)
+// CONVDIT_EMULATE_AVX512: the sixteen lanes of AVX-512 without its instructions, so that an older CPU can test that code.
+#if defined(__AVX512F__) || defined(CONVDIT_EMULATE_AVX512)
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kVectorRegisters = 16;
@@ -133,7 +134,7 @@ CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
 CONVDIT_INLINE VecHalves narrow(Vec<float> x, f16) {
   return reinterpret_cast<VecHalves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__F16C__)
+#elif defined(__F16C__) && !defined(CONVDIT_EMULATE_AVX512)
 CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
 }
@@ -306,7 +307,9 @@ CONVDIT_INLINE A sum_vectors(int64_t count, const F& f) {
 // A product that must be rounded before it is subtracted from its like: the compiler may not contract it into an FMA.
 template <class V>
 CONVDIT_INLINE V rounded(V v) {
-#if defined(__x86_64__)
+#if defined(CONVDIT_EMULATE_AVX512)
+  asm("" : "+m"(v));
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
