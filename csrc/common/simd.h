@@ -28,6 +28,7 @@ namespace convdit::CONVDIT_LEVEL {
 #if defined(__AVX512F__) || defined(CONVDIT_EMULATE_AVX512)
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
 #elif defined(__AVX2__)
+#define CONVDIT_AVX2
 constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kVectorRegisters = 32;
@@ -110,7 +111,7 @@ CONVDIT_INLINE f16 narrow<f16>(float x) {
 
 // ---- vectors of halves <-> vectors of floats --------------------------------------------------------------------
 CONVDIT_INLINE Vec<float> widen(VecHalves halves, bf16) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(CONVDIT_AVX2)
   const __m256i bits = _mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves));  // one instruction, which GCC does not find
   return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(bits, 16));
 #else
@@ -120,7 +121,7 @@ CONVDIT_INLINE Vec<float> widen(VecHalves halves, bf16) {
 CONVDIT_INLINE VecHalves narrow(Vec<float> x, bf16) {
   const VecBits bits = reinterpret_cast<VecBits>(x);
   const VecBits rounded = x != x ? VecBits{} + 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(CONVDIT_AVX2)
   const __m256i wide = reinterpret_cast<__m256i>(rounded);
   return reinterpret_cast<VecHalves>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
@@ -134,7 +135,7 @@ CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
 CONVDIT_INLINE VecHalves narrow(Vec<float> x, f16) {
   return reinterpret_cast<VecHalves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__F16C__) && !defined(CONVDIT_EMULATE_AVX512)
+#elif defined(CONVDIT_AVX2)
 CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
 }
@@ -201,7 +202,7 @@ template <class H>
 CONVDIT_INLINE void store(H* p, Vec<float> v, int64_t n) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(first(n)), reinterpret_cast<__m256i>(narrow(v, H{})));
 }
-#elif defined(__AVX2__)
+#elif defined(CONVDIT_AVX2)
 // A masked store is slow on many CPUs, and a loop over the lanes becomes a call of memcpy: hence pieces of 16, 8, 4, 2 bytes.
 CONVDIT_INLINE __m256i first(int64_t ints) {
   static constexpr int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -282,14 +283,23 @@ CONVDIT_INLINE void for_each_vector(int64_t count, const F& f) {
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
-// Sum of the lanes, in a fixed order.
+// Sum of the lanes, in a fixed order: the upper half is added to the lower one until one lane is left.
 template <class V>
 CONVDIT_INLINE auto sum(V v) {
-  constexpr int n = static_cast<int>(sizeof(v) / sizeof(v[0]));
-  auto parts = v;
-  for (int half = n / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v) == 64) {  // left to itself GCC goes through the stack
+    typedef decltype(v[0] + 0) Half __attribute__((vector_size(32)));
+    const __m512i bits = reinterpret_cast<__m512i>(v);
+    return sum(reinterpret_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xff, bits, 0)) +
+               reinterpret_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xff, bits, 1)));
+  } else
+#endif
+  {
+    auto parts = v;
+    for (int half = sizeof(v) / sizeof(v[0]) / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+  }
 }
 
 // Sum over `count` elements of the vectors f(first_lane, n, full); absent lanes of the last one must be 0.
