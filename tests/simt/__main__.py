@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
         print(f"tests.simt: {error}", file=sys.stderr)
         return 1
     environment = dict(os.environ, CONVDIT_LIBRARY_DIR=str(folder), PYTHONPATH=str(build.ROOT))
-    return subprocess.run([sys.executable, "-m", "pytest", "-p", "tests.simt.plugin", *arguments], env=environment).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.simt.plugin", *arguments], env=environment
+    ).returncode
 
 
 sys.exit(main(sys.argv[1:]))

@@ -24,7 +24,16 @@ BUILD = ROOT / "build" / "simt"
 ARCHITECTURES = ("compute_80", "compute_90")
 CXX = os.environ.get("CXX", "g++")
 # -O1: kernels are large and run on small inputs. Integers wrap and nothing is contracted, as on the GPU.
-KERNEL_FLAGS = ["-O1", "-march=native", "-std=c++20", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
+KERNEL_FLAGS = [
+    "-O1",
+    "-march=native",
+    "-std=c++20",
+    "-fPIC",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-w",
+]
 RUNTIME_FLAGS = ["-O2", "-march=native", "-std=c++20", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-Wall"]
 
 
@@ -33,7 +42,9 @@ class BuildError(Exception):
 
 
 def nvcc() -> str:
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
+    found = shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    )
     if found is None:
         raise BuildError(
             "nvcc was not found: the executor runs what nvcc makes of the kernels. Cure: install the CUDA toolkit and put nvcc on the PATH"
@@ -159,10 +170,15 @@ def link(objects: list[Path], name: str, flags: list[str], table: dict) -> Path:
     def make(folder: Path) -> None:
         folder.mkdir()
         # Symbolic: PyTorch may have loaded NVIDIA's runtime, whose names the stand-in has.
-        run([CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", "-o", name, *map(str, objects), *flags], cwd=folder)
+        run(
+            [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", "-o", name, *map(str, objects), *flags], cwd=folder
+        )
         (folder / "kernels.json").write_text(json.dumps(table))
 
-    return made(BUILD / "libraries" / f"{Path(name).stem}-{digest(*map(str, objects), *flags, json.dumps(table))}", make) / name
+    return (
+        made(BUILD / "libraries" / f"{Path(name).stem}-{digest(*map(str, objects), *flags, json.dumps(table))}", make)
+        / name
+    )
 
 
 def library_of(path: Path, architecture: str = "compute_80") -> Path:
@@ -185,7 +201,15 @@ def operators(architecture: str = "compute_80") -> Path:
     rooms = sorted(p.parent for p in (ROOT / "csrc").glob("*/torch.cpp"))
     cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists()]
     include = ["-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{ROOT / 'csrc'}"]
-    compiler = [nvcc(), "-std=c++20", "-O1", "-Xcompiler", "-fPIC,-w", *include, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    compiler = [
+        nvcc(),
+        "-std=c++20",
+        "-O1",
+        "-Xcompiler",
+        "-fPIC,-w",
+        *include,
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
     device = ["-include", "torch_device.h"]
     cuda = ["-DCONVDIT_DEVICE_CUDA", "-DUSE_CUDA"]
     memory = ("torch_memory", [CXX, *RUNTIME_FLAGS, f"-I{torch_folder / 'include'}"])
@@ -208,7 +232,13 @@ def operators(architecture: str = "compute_80") -> Path:
         table |= kernel_table
     objects += [b.result() for b in bindings]
     objects += runtime_objects(cuda_runtime(), memory)
-    flags = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--unresolved-symbols=ignore-in-object-files"]
+    flags = [
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-Wl,--unresolved-symbols=ignore-in-object-files",
+    ]
     library = link(objects, "libconvdit_ops.so", flags, table)
     information = list((ROOT / "convdit").glob("_C.*.so"))
     if not information:

@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter) -> None:
     lib = library()
     findings = lib.findings()
-    terminalreporter.write_line(f"executor: {lib.launches} launches, each in {len(ORDERS)} thread orders; {len(findings)} findings")
+    terminalreporter.write_line(
+        f"executor: {lib.launches} launches, each in {len(ORDERS)} thread orders; {len(findings)} findings"
+    )
     for finding in findings[:20]:
         terminalreporter.write_line(f"  {finding.text}")

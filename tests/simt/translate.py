@@ -93,7 +93,11 @@ class Writer:
             return f"as<{cpp}>({bits}(0x{match[1]}ull))"
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
             value = int(operand.rstrip("U"), 0) & (2 ** (8 * SIZES[type_]) - 1)
-            return f"{cpp}({value}ull)" if type_[0] in "usbp" and type_ != "bf16" else f"as<{cpp}>({CPP[f'u{8 * SIZES[type_]}']}({value}ull))"
+            return (
+                f"{cpp}({value}ull)"
+                if type_[0] in "usbp" and type_ != "bf16"
+                else f"as<{cpp}>({CPP[f'u{8 * SIZES[type_]}']}({value}ull))"
+            )
         if match := re.fullmatch(r"([\w$]+)(?:\+(\d+))?", operand):
             if match[1] in self.symbols:
                 return f"{cpp}({self.symbols[match[1]]} + {match[2] or 0})"
@@ -200,10 +204,14 @@ class Writer:
         parts = registers(result if result.startswith("{") else source)
         part = f"b{bits // len(parts)}"
         if result.startswith("{"):
-            assigned = [self.assign(r, part, f"{CPP[part]}(x >> {i * bits // len(parts)})") for i, r in enumerate(parts)]
+            assigned = [
+                self.assign(r, part, f"{CPP[part]}(x >> {i * bits // len(parts)})") for i, r in enumerate(parts)
+            ]
             return f"const {CPP[f'b{bits}']} x = {self.source(source, f'b{bits}')}; " + " ".join(assigned)
         wide = CPP[f"b{bits}"]
-        value = " | ".join(f"{wide}({wide}({self.source(r, part)}) << {i * bits // len(parts)})" for i, r in enumerate(parts))
+        value = " | ".join(
+            f"{wide}({wide}({self.source(r, part)}) << {i * bits // len(parts)})" for i, r in enumerate(parts)
+        )
         return self.assign(result, f"b{bits}", value)
 
 
@@ -241,9 +249,7 @@ def _(w: Writer, s: Statement) -> str:
 def _(w: Writer, s: Statement) -> str:
     type_ = s.opcode.split(".")[-1]
     values = ", ".join(w.source(r, type_) for r in registers(s.operands[1]))
-    return (
-        f"const {CPP[type_]} x[] = {{{values}}}; store(t, {w.site(s)}, {space_of(s.opcode)}, {w.address(s.operands[0])}, x);"
-    )
+    return f"const {CPP[type_]} x[] = {{{values}}}; store(t, {w.site(s)}, {space_of(s.opcode)}, {w.address(s.operands[0])}, x);"
 
 
 # Integers alone: the kernels add floating-point numbers in a fixed order, so an atomic on those is Unsupported.
@@ -363,7 +369,10 @@ def _(w: Writer, s: Statement) -> str:
 @action("mma.sync.aligned.{m16n8k16,m16n8k8}.row.col.f32.{bf16.bf16,f16.f16}.f32")
 def _(w: Writer, s: Statement) -> str:
     half, depth = s.opcode.split(".")[7], 16 if "k16" in s.opcode else 8
-    a, b, c = ("{" + ", ".join(w.source(r, t) for r in registers(o)) + "}" for o, t in zip(s.operands[1:], ("b32", "b32", "f32")))
+    a, b, c = (
+        "{" + ", ".join(w.source(r, t) for r in registers(o)) + "}"
+        for o, t in zip(s.operands[1:], ("b32", "b32", "f32"))
+    )
     code = f"const uint32_t a[] = {a}, b[] = {b}; float c[] = {c}; multiply_matrices<{half}, {depth}>(t, {w.site(s)}, a, b, c);"
     return f"{code} {w.assign_all(s.operands[0], 'f32', 'c')}"
 
@@ -371,7 +380,11 @@ def _(w: Writer, s: Statement) -> str:
 # ---- a whole module -----------------------------------------------------------------------------------------------
 def constant(v: Variable) -> str:
     values = v.initial.strip("{} \n")
-    numbers = [struct.unpack(">f", bytes.fromhex(n[2:]))[0] if n[:2] in ("0f", "0F") else n for n in split(values)] if values else []
+    numbers = (
+        [struct.unpack(">f", bytes.fromhex(n[2:]))[0] if n[:2] in ("0f", "0F") else n for n in split(values)]
+        if values
+        else []
+    )
     cpp = CPP[v.type]
     return f"alignas({v.align}) {cpp} {memory_name(v)}[{max(v.count, 1)}] = {{{', '.join(f'{cpp}({n})' for n in numbers)}}};"
 
@@ -390,7 +403,9 @@ def translate(text: str, relative: Callable[[str], str] = lambda path: path, par
         for part in sources[1:]:
             part.append(f"extern {CPP[v.type]} {memory_name(v)}[{max(v.count, 1)}];")
         sources[0].append(constant(v))
-        sources[0].append(f"static const Memory m_{memory_name(v)}({quoted(v.name)}, {memory_name(v)}, sizeof {memory_name(v)});")
+        sources[0].append(
+            f"static const Memory m_{memory_name(v)}({quoted(v.name)}, {memory_name(v)}, sizeof {memory_name(v)});"
+        )
     sizes = [0] * parts
     for i, kernel in enumerate(module.kernels):
         writer = Writer(kernel, module)
@@ -399,7 +414,13 @@ def translate(text: str, relative: Callable[[str], str] = lambda path: path, par
         sizes[part] += len(lines)
         shared = (writer.shared_bytes + 15) // 16 * 16
         out = sources[part]
-        out += [f"static void kernel_{i}(Thread& t) {{", f"constexpr uint64_t kDynamicShared = {shared};", *declarations, *lines, "}"]
+        out += [
+            f"static void kernel_{i}(Thread& t) {{",
+            f"constexpr uint64_t kDynamicShared = {shared};",
+            *declarations,
+            *lines,
+            "}",
+        ]
         sites = [
             f"{{{quoted(s.text)}, {quoted(s.location.file)}, {s.location.line}, "
             f"{quoted(s.location.caller_file)}, {s.location.caller_line}}}"
