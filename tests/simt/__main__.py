@@ -1,4 +1,7 @@
-"""python -m tests.simt operators [--arch compute_90] [pytest's arguments ...]: tests of the operators, over their CUDA kernels."""
+"""The tests of the operators, over their CUDA kernels:
+
+python -m tests.simt operators [--arch compute_90] [pytest's arguments ...]
+"""
 
 from __future__ import annotations
 

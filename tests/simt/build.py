@@ -1,4 +1,4 @@
-"""Builds what the executor runs: a library from one CUDA file, or convdit's operators with their CUDA kernels for CPU tensors.
+"""Builds what the executor runs: a library of one CUDA file, or convdit's operators with their CUDA kernels.
 
 Everything lies in build/simt, named by a hash of what it was made from, so that only what changed is built again.
 """
@@ -47,7 +47,8 @@ def nvcc() -> str:
     )
     if found is None:
         raise BuildError(
-            "nvcc was not found: the executor runs what nvcc makes of the kernels. Cure: install the CUDA toolkit and put nvcc on the PATH"
+            "nvcc was not found: the executor runs what nvcc makes of the kernels. "
+            "Cure: install the CUDA toolkit (13.0 or later) and put nvcc on the PATH"
         )
     return found
 
@@ -107,9 +108,9 @@ def source_text(path: Path, include: Path, seen: set[Path] | None = None) -> str
 
 
 def relative(path: str) -> str:
-    """A path in the repository, or the last two parts of a path outside it."""
+    """A path in the repository from its root; one outside as it is."""
     p = Path(path).resolve()
-    return str(p.relative_to(ROOT)) if p.is_relative_to(ROOT) else "/".join(p.parts[-2:])
+    return str(p.relative_to(ROOT)) if p.is_relative_to(ROOT) else str(p)
 
 
 def compile_cpp(text: str, name: str, compiler: list[str], depends: str = "") -> Path:
@@ -152,8 +153,8 @@ def nvcc_output(cuda: Path, architecture: str, include: Path) -> Path:
             if left.name not in ("kernels.ptx", "host.o"):
                 left.unlink()
 
-    name = f"{cuda.parent.name}-{cuda.stem}-{architecture}-{digest(source_text(cuda, include), architecture, machine(), str(cuda))}"
-    return made(BUILD / "nvcc" / name, make)
+    contents = digest(source_text(cuda, include), str(cuda), *flags, machine())
+    return made(BUILD / "nvcc" / f"{cuda.parent.name}-{cuda.stem}-{architecture}-{contents}", make)
 
 
 def kernel_objects(ptx: str, name: str) -> tuple[list[Path], dict]:
@@ -194,7 +195,7 @@ def library_of(path: Path, architecture: str = "compute_80") -> Path:
 
 
 def operators(architecture: str = "compute_80") -> Path:
-    """convdit's operators for CPU tensors, with their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR."""
+    """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR."""
     import torch
 
     torch_folder = Path(torch.__file__).parent
@@ -237,7 +238,6 @@ def operators(architecture: str = "compute_80") -> Path:
         "-ltorch",
         "-ltorch_cpu",
         "-lc10",
-        "-Wl,--unresolved-symbols=ignore-in-object-files",
     ]
     library = link(objects, "libconvdit_ops.so", flags, table)
     information = list((ROOT / "convdit").glob("_C.*.so"))

@@ -28,7 +28,10 @@ class Finding:
 
     @classmethod
     def parse(cls, text: str) -> Finding:
-        pattern = r"(?P<what>.*?): (?P<file>[^:]*):(?P<line>\d+).*?, block (?P<block>\S+), thread (?P<thread>\S+), kernel (?P<kernel>.*?) \["
+        pattern = (
+            r"(?P<what>.*?): (?P<file>[^:]*):(?P<line>\d+).*?, block (?P<block>\S+), thread (?P<thread>\S+), "
+            r"kernel (?P<kernel>.*?) \["
+        )
         match = re.match(pattern, text)
         if not match:
             return cls(text.split(":")[0], "", 0, (0, 0, 0), (0, 0, 0), "", text)
@@ -37,7 +40,7 @@ class Finding:
 
 
 class Library:
-    """The executor inside a shared library: `library_of` a CUDA or PTX file, or the operators that `convdit` has loaded."""
+    """The executor inside a shared library that `build` made."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -57,7 +60,7 @@ class Library:
         ).stdout.splitlines()
         self.demangled = dict(zip(self.kernels, names, strict=True))
 
-    # ---- settings and reports -----------------------------------------------------------------------------------------
+    # ---- settings and reports ----------------------------------------------------------------------------------
     def set_orders(self, *orders: str | int) -> None:
         """Run every launch once in each order of threads: "forward", "reversed", or the seed of a shuffle."""
         self.c.simt_set_orders(",".join(map(str, orders)).encode())
@@ -79,7 +82,7 @@ class Library:
     def launches(self) -> int:
         return self.c.simt_launches()
 
-    # ---- launching ----------------------------------------------------------------------------------------------------
+    # ---- launching ---------------------------------------------------------------------------------------------
     def array(self, source: np.ndarray | tuple[tuple[int, ...], type]) -> np.ndarray:
         """A numpy array in device memory: a copy of one, or (shape, dtype) for one that nobody has written yet."""
         values = source if isinstance(source, np.ndarray) else None
@@ -106,7 +109,7 @@ class Library:
         return (exact or found)[0]
 
     def launch(self, kernel: str, grid, block, *arguments, shared: int = 0) -> list[Finding]:
-        """Launch by name; arguments are arrays from `array`, or ctypes or numpy scalars. Returns the findings of this launch."""
+        """Launch by name; arguments are arrays from `array`, or numbers (Python's, numpy's or ctypes's)."""
         values = [
             ctypes.c_uint64(a.ctypes.data) if isinstance(a, np.ndarray) and a.ndim else _scalar(a) for a in arguments
         ]

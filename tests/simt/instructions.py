@@ -1,7 +1,7 @@
 """The instruction set: each opcode that the translator knows, with the types of its operands and its meaning in C++.
 
-VALUES holds the instructions that compute a value from values: one expression each, over a, b, c, ... (the source operands).
-Memory, control flow and whatever threads do together are in `translate.py`. What is in neither is Unsupported.
+VALUES holds the instructions that compute a value from values: one expression each, over a, b, c, d (the operands).
+Memory, control flow and whatever threads do together are in `actions.py`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ VALUES: dict[str, Value] = {}
 
 
 def expand(pattern: str) -> list[str]:
-    """ "a{.x,}{.u,.v}" to a.x.u, a.x.v, a.u, a.v."""
+    """The opcodes of a pattern: "a{.x,}.{u,v}" gives a.x.u, a.x.v, a.u, a.v."""
     parts = re.split(r"\{([^}]*)\}", pattern)
     choices = [[p] if i % 2 == 0 else p.split(",") for i, p in enumerate(parts)]
     return ["".join(c) for c in itertools.product(*choices)]
 
 
 def define(pattern: str, code: str, sources: str = "T T", result: str = "T") -> None:
-    """Rows for every opcode of `pattern`. T is the opcode's last type, W the type twice as wide; a leading | in `code` is cut.
+    """Rows for every opcode of `pattern`. T is the opcode's last type ($T in C++), W the one twice as wide.
 
     `.ftz` flushes subnormal operands and results to zero, `.sat` clamps the result to 0..1, as in PTX.
     """
@@ -156,8 +156,8 @@ def floating_point() -> None:
     define("copysign.{f32,f64}", "std::copysign(b, a)")
     # The approximations are given exactly: what a GPU may return lies within a few units in the last place.
     functions = {
-        "rcp": "1.0 / x", "sqrt": "std::sqrt(x)", "rsqrt": "1.0 / std::sqrt(x)", "sin": "std::sin(x)", "cos": "std::cos(x)",
-        "lg2": "std::log2(x)", "ex2": "std::exp2(x)", "tanh": "std::tanh(x)",
+        "rcp": "1.0 / x", "sqrt": "std::sqrt(x)", "rsqrt": "1.0 / std::sqrt(x)", "sin": "std::sin(x)",
+        "cos": "std::cos(x)", "lg2": "std::log2(x)", "ex2": "std::exp2(x)", "tanh": "std::tanh(x)",
     }  # fmt: skip
     for name, code in functions.items():
         define(f"{name}.approx{{.ftz,}}.f32", f"function(a, [](double x) {{ return {code}; }})", "T")
