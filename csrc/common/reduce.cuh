@@ -32,6 +32,26 @@ __device__ __forceinline__ void block_sum(A& x, A& y, A* scratch) {
   for (int i = 0; i < warps; ++i) x += scratch[2 * i], y += scratch[2 * i + 1];
 }
 
+// Threads of a block as `groups` groups of `width` threads: adds up what the threads of the same place in each group hold. The
+// result is right in group 0. `scratch` is shared memory for N values a thread. All threads must call it.
+template <int N, class A>
+__device__ __forceinline__ void sum_groups(A (&values)[N], int width, int groups, A* scratch) {
+  const int group = threadIdx.x / width, stride = blockDim.x;
+  for (int count = groups, half; count > 1; count = half) {
+    half = (count + 1) / 2;
+    __syncthreads();  // the sums before may still be read
+    if (group >= half && group < count) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) scratch[k * stride + threadIdx.x] = values[k];
+    }
+    __syncthreads();
+    if (group + half < count) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) values[k] += scratch[k * stride + threadIdx.x + half * width];
+    }
+  }
+}
+
 // Mean and 1/sqrt(variance + eps) of a row of `width` elements by one warp. load(i, values) gives the N elements from i on,
 // 0 beyond the end. The variance is taken about the mean, in a second pass: right for rows with a large mean.
 template <int N, class A, class F>
