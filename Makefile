@@ -11,8 +11,12 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
+<<<<<<< HEAD
 	@echo "make test-avx512  test the code for AVX-512 on a CPU without it"
 	@echo "make bench     time the operators against PyTorch"
+=======
+	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
+>>>>>>> bench
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
 
@@ -45,7 +49,7 @@ test-avx512: $(VENV)/.test
 	  -k "(equals_reference or error_rule) and not every_cpu_level"
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks
+	$(BIN)/convdit bench --out benchmarks/results
 
 lint: $(BIN)/python
 	@$(BIN)/python -m pip install -q ruff
