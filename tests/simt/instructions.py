@@ -164,7 +164,10 @@ def floating_point() -> None:
     for name in ("rcp", "sqrt"):
         define(f"{name}.rn{{.ftz,}}.f32", f"function(a, [](double x) {{ return {functions[name]}; }})", "T")
         define(f"{name}.rn.f64", f"function(a, [](double x) {{ return {functions[name]}; }})", "T")
-    define("rsqrt.approx.f64", "function(a, [](double x) { return 1.0 / std::sqrt(x); })", "T")
+    for name in ("rcp", "rsqrt"):  # a first guess, for the code around it to improve
+        define(
+            f"{name}.approx.ftz.f64", f"leading_bits(function(a, [](double x) {{ return {functions[name]}; }}))", "T"
+        )
     for name in ("ex2", "tanh"):
         define(
             f"{name}.approx{{.f16,.bf16,.f16x2,.bf16x2}}",
