@@ -138,3 +138,14 @@ def _three(size) -> ctypes.Array:
 def load(path: str | Path, architecture: str = "compute_80") -> Library:
     """The kernels and launchers of a CUDA or PTX file, built if needed."""
     return Library(build.library_of(Path(path), architecture))
+
+
+PTX_HEAD = ".version 9.0\n.target sm_90\n.address_size 64\n"
+
+
+def load_ptx(text: str, name: str) -> Library:
+    """Kernels written in PTX, without its head."""
+    path = build.BUILD / "ptx" / f"{name}.ptx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(PTX_HEAD + text)
+    return Library(build.library_of(path))
