@@ -7,10 +7,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-avx512 bench lint clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
+	@echo "make test-avx512  test the code for AVX-512 on a CPU without it"
 	@echo "make bench     time the operators against PyTorch"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
@@ -33,6 +34,15 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# The code of the avx512 level, sixteen lanes wide, on a CPU that has AVX2 only.
+test-avx512: $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/avx512 -G Ninja -DCONVDIT_CUDA=off -DCONVDIT_EMULATE_AVX512=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/avx512 -j $(MAX_JOBS)
+	build/avx512/simd_test_avx512
+	CONVDIT_LIBRARY_DIR=$(abspath build/avx512/lib) $(BIN)/python -m pytest -q tests/ops \
+	  -k "(equals_reference or error_rule) and not every_cpu_level"
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks

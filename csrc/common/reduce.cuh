@@ -1,4 +1,4 @@
-// Sums over a warp and over a block, in a fixed order; every thread gets the same result.
+// Sums over a warp and over a block, in a fixed order, and the largest of a warp; every thread gets the same result.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,13 @@ template <class A>
 __device__ __forceinline__ A warp_sum(A x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+template <class A>
+__device__ __forceinline__ A warp_max(A x) {  // passes over NaN
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
 

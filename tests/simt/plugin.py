@@ -1,0 +1,49 @@
+"""A pytest plugin for runs over the operators' CUDA kernels: runs every launch in each thread order, and counts them.
+
+Loaded by `python -m tests.simt operators`, which sets CONVDIT_LIBRARY_DIR. A finding fails the launch, and so its test.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from .build import ROOT
+from .executor import Library
+
+ORDERS = os.environ.get("SIMT_ORDERS", "forward,reversed,1").split(",")
+# These ask something of the CPU library.
+NOT_FOR_CUDA = ("test_every_cpu_level", "test_operator_has_a_cuda_kernel")
+
+
+def library() -> Library:
+    return Library(Path(os.environ["CONVDIT_LIBRARY_DIR"]) / "libconvdit_ops.so")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import convdit  # noqa: F401  (loads the library)
+
+    library().set_orders(*ORDERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    without_kernels = {
+        f"test_{room.name}.py"
+        for room in (ROOT / "csrc").iterdir()
+        if (room / "torch.cpp").exists() and not (room / "cuda.cu").exists()
+    }
+    left_out = [i for i in items if i.path.name in without_kernels or i.name.split("[")[0] in NOT_FOR_CUDA]
+    items[:] = [i for i in items if i not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    lib = library()
+    findings = lib.findings()
+    terminalreporter.write_line(
+        f"executor: {lib.launches} launches, each in {len(ORDERS)} thread orders; {len(findings)} findings"
+    )
+    for finding in findings[:20]:
+        terminalreporter.write_line(f"  {finding.text}")
