@@ -1,6 +1,7 @@
 // What the CUDA kernels of the dense and the sparse depthwise convolution share: the 7x7 fast paths' inner step, and the kernels
 // around any convolution that pack its weights and add up the parts of its weight gradient.
 #pragma once
+#include "common/copy.cuh"
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/vector.cuh"
@@ -49,17 +50,38 @@ __global__ void pack_weights(const A* weight, int64_t taps, int64_t channels, in
   }
 }
 
-// parts (count, taps + 1, row), the last row of each for the bias, to grad_weight (C, taps) and grad_bias (C), in order.
+// parts (count, taps + 1, row), the last row of each for the bias, to grad_weight (C, taps) and grad_bias (C): 32 channels of one
+// tap a block, a warp every eighth part.
 template <class A>
-__global__ void add_weight_parts(const A* parts, int64_t count, int64_t taps, int64_t channels, int64_t row, A* grad_weight, A* grad_bias) {
-  const int64_t total = (taps + 1) * channels;
-  for (int64_t i = blockIdx.x * int64_t{kSumThreads} + threadIdx.x; i < total; i += int64_t{gridDim.x} * kSumThreads) {
-    const int64_t c = i % channels, tap = i / channels;
-    A sum = 0;
-    for (int64_t part = 0; part < count; ++part) sum += parts[(part * (taps + 1) + tap) * row + c];
-    if (tap < taps) grad_weight[c * taps + tap] = sum;
-    else grad_bias[c] = sum;
+__global__ void __launch_bounds__(kSumThreads)
+    add_weight_parts(const A* parts, int64_t count, int64_t taps, int64_t channels, int64_t row, A* grad_weight, A* grad_bias) {
+  constexpr int warps = kSumThreads / kWarp;
+  __shared__ A scratch[kSumThreads];
+  const int64_t groups = (channels + kWarp - 1) / kWarp;
+  for (int64_t task = blockIdx.x; task < (taps + 1) * groups; task += gridDim.x) {
+    const int64_t tap = task / groups, c = task % groups * kWarp + threadIdx.x % kWarp;
+    A sum[1] = {};
+    if (c < channels)
+      for (int64_t part = threadIdx.x / kWarp; part < count; part += warps) sum[0] += parts[(part * (taps + 1) + tap) * row + c];
+    sum_groups(sum, kWarp, warps, scratch);
+    if (threadIdx.x >= kWarp || c >= channels) continue;
+    if (tap < taps) grad_weight[c * taps + tap] = sum[0];
+    else grad_bias[c] = sum[0];
   }
+}
+
+template <class A>
+int launch_add_weight_parts(const void* parts, int64_t count, int64_t taps, int64_t channels, int64_t row, void* grad_weight,
+                            void* grad_bias, cudaStream_t stream) {
+  add_weight_parts<A><<<grid((taps + 1) * ceil_div(channels, kWarp)), kSumThreads, 0, stream>>>(
+      static_cast<const A*>(parts), count, taps, channels, row, static_cast<A*>(grad_weight), static_cast<A*>(grad_bias));
+  return launch_status();
+}
+template <class A>
+int launch_pack_weights(const void* weight, int64_t taps, int64_t channels, int64_t row, bool flip, void* packed, cudaStream_t stream) {
+  pack_weights<A><<<grid(ceil_div(taps * channels, kSumThreads)), kSumThreads, 0, stream>>>(
+      static_cast<const A*>(weight), taps, channels, row, flip, static_cast<A*>(packed));
+  return launch_status();
 }
 
 }  // namespace

@@ -19,63 +19,65 @@ constexpr int kWindow = 128;  // sites
 template <int B>
 struct Blocks {
   static constexpr int kSites = B * B, kCount = kWindow / kSites;           // of a block; blocks of a window
-  static constexpr int kReach = (kRadius + B - 1) / B, kSide = 2 * kReach + 1, kTable = kSide * kSide;
+  static constexpr int kReach = (kRadius + B - 1) / B, kSide = 2 * kReach + 1;  // of the table
   static constexpr int kRows = B > 1 ? 2 : 1, kStrips = B / kRows;          // output rows of a strip; strips of a block
 };
 
 struct Window {
-  int64_t first, c0;  // block, channel
-  int count;          // blocks
+  int first, count;  // blocks
+  int64_t c0;        // first channel
 };
 template <int B>
 __device__ __forceinline__ Window window_at(int64_t index, int64_t group, int64_t blocks) {
   const int64_t first = index * Blocks<B>::kCount, left = blocks - first;
-  return {first, group * kChannels, static_cast<int>(left < Blocks<B>::kCount ? left : Blocks<B>::kCount)};
+  return {static_cast<int>(first), static_cast<int>(left < Blocks<B>::kCount ? left : Blocks<B>::kCount), group * kChannels};
 }
 
 // Copies a window's rows of x, (sites, C), to (sites, kChannels) in shared memory, 16 bytes at a time.
 template <class T, int B, int Threads>
 __device__ __forceinline__ void stage_window(const T* x, const Window& w, int64_t channels, T* shared) {
   constexpr int vector = kVector<T>, vectors = kChannels / vector;
-  const T* from = x + w.first * Blocks<B>::kSites * channels + w.c0;
+  const T* from = x + int64_t{w.first} * Blocks<B>::kSites * channels + w.c0;
   for (int i = threadIdx.x; i < w.count * Blocks<B>::kSites * vectors; i += Threads) {
     const int site = i / vectors, c = i % vectors * vector;
-    if (w.c0 + c < channels)
-      *reinterpret_cast<Bits<T, vector>*>(shared + site * kChannels + c) = fetch<vector>(from + site * channels + c);
+    if (w.c0 + c < channels) copy_async<16>(shared + site * kChannels + c, from + site * channels + c, true);
   }
 }
 
-// The row of the table of one block, spread over the lanes of a warp.
-template <int B>
-struct TableRow {
+// `Rows` rows from row `first` on of one block's table, spread over the lanes of a warp.
+template <int B, int Rows>
+struct Table {
+  int first;
   int32_t low, high;
-  __device__ __forceinline__ TableRow(const int32_t* neighbors, int64_t block) {
-    constexpr int count = Blocks<B>::kTable;
-    const int lane = threadIdx.x % kWarp;
-    const int32_t* row = neighbors + block * count;
-    low = lane < count ? row[lane] : -1;
-    high = lane + kWarp < count ? row[lane + kWarp] : -1;
+  __device__ __forceinline__ Table(const int32_t* neighbors, int64_t block, int first) : first(first) {
+    constexpr int side = Blocks<B>::kSide;
+    const int lane = threadIdx.x % kWarp, rows = Rows < side - first ? Rows : side - first;
+    const int32_t* from = neighbors + (block * side + first) * side;
+    low = lane < rows * side ? from[lane] : -1;
+    high = lane + kWarp < rows * side ? from[lane + kWarp] : -1;
   }
-  __device__ __forceinline__ int32_t operator[](int i) const {  // the same i in all lanes
+  __device__ __forceinline__ int32_t at(int row, int column) const {  // the same place in all lanes
+    const int i = (row - first) * Blocks<B>::kSide + column;
+    if constexpr (Rows * Blocks<B>::kSide <= kWarp) return __shfl_sync(0xffffffffu, low, i);
     return __shfl_sync(0xffffffffu, i < kWarp ? low : high, i % kWarp);
   }
 };
 
 // Calls f(column, value) for x in row y of a block's surroundings, from column -3 to B + 2, absent blocks left out. y and the
 // columns count from the block's first site; `c` is this lane's channel in the window.
-template <int B, class T, class F>
-__device__ __forceinline__ void for_row(const T* x, const T* shared, const Window& w, int64_t channels, const TableRow<B>& table, int y, int c,
-                                        const F& f) {
+template <int B, int Rows, class T, class F>
+__device__ __forceinline__ void for_row(const T* x, const T* shared, const Window& w, int64_t channels, const Table<B, Rows>& table, int y,
+                                        int c, const F& f) {
   using S = Blocks<B>;
   const int down = (y + S::kReach * B) / B, inner = (y + S::kReach * B) % B;  // row of the table, row in the block
 #pragma unroll
   for (int right = 0; right < S::kSide; ++right) {
-    const int32_t q = table[down * S::kSide + right];
+    const int32_t q = table.at(down, right);
     if (q < 0) continue;
-    const int64_t place = q - w.first;
+    const int place = q - w.first;
     float v[B][1];
     if (place >= 0 && place < w.count) {
-      const T* from = shared + (static_cast<int>(place) * S::kSites + inner * B) * kChannels + c;
+      const T* from = shared + (place * S::kSites + inner * B) * kChannels + c;
 #pragma unroll
       for (int i = 0; i < B; ++i) v[i][0] = widen(from[i * kChannels]);
     } else {
@@ -111,11 +113,11 @@ __global__ void __launch_bounds__(kThreads, 3) forward_windows(SparseDepthwise p
     __syncthreads();  // the window before may still be read
     stage_weights<kThreads>(static_cast<const float*>(p.weight), w.c0, p.channels, p.flip, weights);
     stage_window<T, B, kThreads>(x, w, p.channels, shared);
-    __syncthreads();
+    finish_copies();
     for (int strip = threadIdx.x / kWarp; strip < w.count * S::kStrips; strip += kWarps) {
-      const int64_t block = w.first + strip / S::kStrips;
+      const int64_t block = int64_t{w.first} + strip / S::kStrips;
       const int row = strip % S::kStrips * S::kRows;
-      const TableRow<B> table(p.neighbors, block);
+      const Table<B, S::kSide> table(p.neighbors, block, 0);
       float sum[S::kRows][B][1];
 #pragma unroll
       for (int i = 0; i < S::kRows; ++i)
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_windows(SparseDepthwise p
 // ---- weight gradient, K = 7: a warp a row of the kernel ------------------------------------------------------------------
 // Sums lie as (parts, 50, padded C); a part is a run of windows.
 template <class T, int B>
-__global__ void __launch_bounds__(kWarp* kTaps) weight_windows(SparseDepthwiseWeightGrad p, int64_t groups, int64_t parts) {
+__global__ void __launch_bounds__(kWarp* kTaps, 3) weight_windows(SparseDepthwiseWeightGrad p, int64_t groups, int64_t parts) {
   using S = Blocks<B>;
   constexpr int threads = kWarp * kTaps;
   __shared__ __align__(16) T x_shared[kWindow * kChannels], grad_shared[kWindow * kChannels];
@@ -169,9 +171,10 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_windows(SparseDepthwiseWe
       __syncthreads();  // the window before may still be read
       stage_window<T, B, threads>(static_cast<const T*>(p.x), w, p.channels, x_shared);
       stage_window<T, B, threads>(static_cast<const T*>(p.grad), w, p.channels, grad_shared);
-      __syncthreads();
+      finish_copies();
       for (int block = 0; block < w.count; ++block) {
-        const TableRow<B> table(p.neighbors, w.first + block);
+        // Rows kernel_row - 3 to kernel_row - 4 + B around the block lie in two rows of the table at most, or in one.
+        const Table<B, B == 1 ? 1 : 2> table(p.neighbors, w.first + block, (kernel_row - kRadius + S::kReach * B) / B);
 #pragma unroll 1
         for (int y = 0; y < B; ++y) {
           float grad[B];
@@ -277,16 +280,13 @@ int forward(const SparseDepthwise& p, cudaStream_t stream) {
   const int fast = with_block<T>(p, aligned(16, p.x), [&](auto block) {
     constexpr int B = decltype(block)::value;
     const int64_t groups = ceil_div(p.channels, kChannels), windows = ceil_div(p.blocks, Blocks<B>::kCount);
-    if constexpr (sizeof(T) <= 4) forward_windows<T, B><<<grid(windows * groups), kThreads, 0, stream>>>(p, groups);
+    forward_windows<T, B><<<grid(windows * groups), kThreads, 0, stream>>>(p, groups);
     return launch_status();
   });
   if (fast >= 0) return fast;
-  const int64_t taps = p.kernel * p.kernel;
-  A* packed = static_cast<A*>(p.workspace);
-  pack_weights<A><<<grid(ceil_div(taps * p.channels, kSumThreads)), kSumThreads, 0, stream>>>(
-      static_cast<const A*>(p.weight), taps, p.channels, padded(p.channels, kSparseDepthwisePadding), p.flip, packed);
-  if (const int status = launch_status()) return status;
-  forward_sites<T><<<grid(ceil_div(p.blocks * p.block * p.block * p.channels, kThreads)), kThreads, 0, stream>>>(p, packed);
+  const int64_t taps = p.kernel * p.kernel, row = padded(p.channels, kSparseDepthwisePadding);
+  if (const int status = launch_pack_weights<A>(p.weight, taps, p.channels, row, p.flip, p.workspace, stream)) return status;
+  forward_sites<T><<<grid(ceil_div(p.blocks * p.block * p.block * p.channels, kThreads)), kThreads, 0, stream>>>(p, static_cast<const A*>(p.workspace));
   return launch_status();
 }
 
@@ -296,8 +296,7 @@ int weight_grad(const SparseDepthwiseWeightGrad& p, cudaStream_t stream) {
   const int64_t taps = p.kernel * p.kernel, parts = sparse_depthwise_parts(p.blocks, p.block, p.channels);
   const int fast = with_block<T>(p, aligned(16, p.x, p.grad), [&](auto block) {
     const int64_t groups = ceil_div(p.channels, kChannels);
-    if constexpr (sizeof(T) <= 4)
-      weight_windows<T, decltype(block)::value><<<grid(parts * groups), kWarp * kTaps, 0, stream>>>(p, groups, parts);
+    weight_windows<T, decltype(block)::value><<<grid(parts * groups), kWarp * kTaps, 0, stream>>>(p, groups, parts);
     return launch_status();
   });
   if (fast > 0) return fast;
@@ -305,10 +304,8 @@ int weight_grad(const SparseDepthwiseWeightGrad& p, cudaStream_t stream) {
     weight_taps<T><<<grid(ceil_div(parts * (taps + 1) * p.channels, kThreads)), kThreads, 0, stream>>>(p, parts);
     if (const int status = launch_status()) return status;
   }
-  add_weight_parts<A><<<grid(ceil_div((taps + 1) * p.channels, kSumThreads)), kSumThreads, 0, stream>>>(
-      static_cast<const A*>(p.workspace), parts, taps, p.channels, padded(p.channels, kSparseDepthwisePadding),
-      static_cast<A*>(p.grad_weight), static_cast<A*>(p.grad_bias));
-  return launch_status();
+  return launch_add_weight_parts<A>(p.workspace, parts, taps, p.channels, padded(p.channels, kSparseDepthwisePadding), p.grad_weight,
+                                    p.grad_bias, stream);
 }
 
 }  // namespace
