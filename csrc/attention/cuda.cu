@@ -78,9 +78,8 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
   return dispatch_width<T>(p.head_dim, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
       using Plan = BackwardPlan<T, width.value>;
-      constexpr int bytes = 2 * Plan::kStageBytes;
-      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, bytes, stream), [&] {
-        return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, bytes + 2 * Plan::kStatisticsBytes, stream);
+      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, Plan::kQueriesLaunchBytes, stream), [&] {
+        return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysLaunchBytes, stream);
       });
     } else {
       using Plan = FmaPlan<width.value>;
