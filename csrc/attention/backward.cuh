@@ -17,8 +17,8 @@ struct BackwardPlan {
   // behind the stages, and the values behind them.
   static constexpr bool kValuesInTile = kWidth == 128;
   static constexpr int kStatisticsBytes = 2 * kKeys * 2 * static_cast<int>(sizeof(float));  // of two tiles of queries
-  static constexpr int kQueriesLaunchBytes = 2 * kStageBytes;
-  static constexpr int kKeysLaunchBytes = 2 * kStageBytes + kStatisticsBytes + (kValuesInTile ? kStageBytes / 2 : 0);
+  static constexpr int kQueriesBytes = 2 * kStageBytes;
+  static constexpr int kKeysBytes = 2 * kStageBytes + kStatisticsBytes + (kValuesInTile ? kStageBytes / 2 : 0);
   static_assert(kQueries * kWidth <= kStage && 2 * kOwnKeys * kWidth <= kStage, "a block's own rows come in through a stage");
 };
 
@@ -149,8 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
     load_tile<kKeys, kWidth>(stage, head.q.from(begin), left, head.width);
     load_tile<kKeys, kWidth>(stage + kKeys * kWidth, back.grad.from(begin), left, head.width);
     const int row = threadIdx.x;
-    if (row < kKeys)
-      copy_async<8>(statistics + tile % 2 * kKeys + row, back.statistics + 2 * (begin + row), row < left);
+    if (row < kKeys) copy_async<8>(statistics + tile % 2 * kKeys + row, back.statistics + 2 * (begin + row), row < left);
     commit_copies();
   };
   T *const keys = stages + Plan::kStage, *const kept = reinterpret_cast<T*>(statistics + 2 * kKeys);

@@ -4,8 +4,8 @@
 
 namespace convdit::cuda {
 
-constexpr int kMma = 16;       // rows of an operand a, and columns that one product of a and b sums over
-constexpr int kKeys = 64;      // rows of a tile that a block goes through
+constexpr int kMma = 16;   // rows of an operand a, and columns that one product of a and b sums over
+constexpr int kKeys = 64;  // rows of a tile that a block goes through
 
 // 16 rows from `row` on, the 16 columns of chunks `chunk` and `chunk + 1`. As operand a of a product with the tile's rows as
 // rows; transposed, as two operands b (registers 0 and 1; 2 and 3) of a product that sums over the tile's rows.
@@ -71,7 +71,8 @@ __device__ __forceinline__ float exp2_approximate(float x) {  // to 2 units in t
 
 // products[m][n] += own rows (m-th 16 of them) times rows [row + 8 n, row + 8 n + 8) of the tile, over the whole width.
 template <int kWidth, class T, class Own, int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own, const T* tile, int row) {
+__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own, const T* tile,
+                                              int row) {
 #pragma unroll
   for (int k = 0; k < kWidth / kMma; ++k) {
     uint32_t a[kRowTiles][4];
@@ -92,8 +93,8 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColu
 
 // sums[m][n] += weights (16 rows, 16 columns) times rows [row, row + 16) of the tile; n counts 8 columns of it.
 template <int kWidth, class T, int kRowTiles>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4], const uint32_t (&weights)[kRowTiles][4],
-                                                  const T* tile, int row) {
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4],
+                                                  const uint32_t (&weights)[kRowTiles][4], const T* tile, int row) {
 #pragma unroll
   for (int n = 0; n < kWidth / 8; n += 2) {
     uint32_t b[4];

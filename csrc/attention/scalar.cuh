@@ -8,7 +8,7 @@ namespace convdit::cuda {
 
 constexpr int kLaneColumns = 8, kTaskColumns = kLaneColumns * kWarp;
 
-// Which row and columns a task is: every warp loops over tasks(...) of them.
+// A warp's task: a row of one head, and columns from some on. Warps loop over the tasks.
 struct RowTask {
   int64_t head, row, column;  // head: sample * heads + head
 };
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_scalar(Attention p) {
     const Head<T> head = head_of<T>(p, task.head);
     const T* q = head.q.from(task.row).first;
     A sums[kLaneColumns] = {}, total = 0, largest = -INFINITY;
-    for (int64_t key = 0; key < head.tokens; ++key) {
+    for (int64_t key = 0; key < p.tokens; ++key) {
       const A score = dot(q, head.k.from(key).first, head.width) * scale, top = fmax(largest, score);
       // Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
       const A from = top == -INFINITY ? A(0) : top, shrink = exp(largest - from), weight = exp(score - from);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_scalar(Attention
     if (task.column == 0 && threadIdx.x % kWarp == 0)
       back.statistics[2 * task.row] = log_sum_exp, back.statistics[2 * task.row + 1] = delta;
     A sums[kLaneColumns] = {};
-    for (int64_t key = 0; key < head.tokens; ++key) {
+    for (int64_t key = 0; key < p.forward.tokens; ++key) {
       const T* k = head.k.from(key).first;
       const A weight = exp(dot(q, k, head.width) * scale - log_sum_exp);
       add_row(sums, A(1), weight * (dot(grad, head.v.from(key).first, head.width) - delta), k, task.column, head.width);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_scalar(AttentionBac
     const Head<T>& head = back.forward;
     const T *k = head.k.from(task.row).first, *v = head.v.from(task.row).first;
     A grad_k[kLaneColumns] = {}, grad_v[kLaneColumns] = {};
-    for (int64_t query = 0; query < head.tokens; ++query) {
+    for (int64_t query = 0; query < p.forward.tokens; ++query) {
       const T *q = head.q.from(query).first, *grad = back.grad.from(query).first;
       const A weight = exp(dot(k, q, head.width) * scale - back.statistics[2 * query]);
       add_row(grad_v, A(1), weight, grad, task.column, head.width);

@@ -28,7 +28,7 @@ struct Rows {
 template <class T>
 struct Head {
   using A = accum_t<T>;
-  int tokens, width;
+  int tokens, width;  // tokens: of kernels on tiles, which are for fewer than 2^31
   Rows<const T> q, k, v;
   Rows<T> out;
   Rows<A> log_sum_exp;
