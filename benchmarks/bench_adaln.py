@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.harness import Comparison, backward
 from convdit import ops, reference
+
+from . import rivals
+from .harness import Comparison, Work, backward, without_grad
 
 SHAPES = {"S/2": (8, 256, 384), "XL/2": (8, 256, 1152)}
 # name: (number of (B, T, D) inputs, number of (B, D) inputs, (B, T, D) tensors read or written: forward, backward)
@@ -19,28 +22,22 @@ OPERATORS = {
 
 
 def comparisons() -> Iterator[Comparison]:
-    for label, (b, t, d) in SHAPES.items():
-        for name, (maps, vectors, forward_maps, backward_maps) in OPERATORS.items():
-            ours, eager = getattr(ops, name), getattr(reference, name)
-            compiled = torch.compile(eager)
-            args = [torch.randn(b, t, d) for _ in range(maps)] + [torch.randn(b, d) for _ in range(vectors)]
-            shape, size = f"{label} {b}x{t}x{d}", 4 * b * t * d
-            yield Comparison(
-                name,
-                "forward",
-                shape,
-                torch.float32,
-                lambda f=ours, a=args: f(*a),
-                {"eager": lambda f=eager, a=args: f(*a), "compile": lambda f=compiled, a=args: f(*a)},
-                0,
-                forward_maps * size,
-            )
-            leaves = [a.clone().requires_grad_() for a in args]
+    for label, size in SHAPES.items():
+        for name in OPERATORS:
+            for what in ("forward", "backward"):
+                shape, build = f"{label}; {'x'.join(map(str, size))}", partial(adaln, name, what, *size)
+                yield Comparison(name, what, shape, torch.float32, build, quick=label == "S/2")
 
-            def graph(function, leaves=leaves):
-                outputs = function(*leaves)
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                return backward(outputs, leaves, [torch.ones_like(o) for o in outputs])
 
-            rivals = {"eager": graph(eager), "compile": graph(compiled)}
-            yield Comparison(name, "backward", shape, torch.float32, graph(ours), rivals, 0, backward_maps * size)
+def adaln(name: str, what: str, b: int, t: int, d: int) -> Work:
+    maps, vectors, forward_maps, backward_maps = OPERATORS[name]
+    eager = getattr(reference, name)
+    functions = {"ours": getattr(ops, name), "eager": eager, "compile": rivals.compiled(eager)}
+    args = [torch.randn(b, t, d) for _ in range(maps)] + [torch.randn(b, d) for _ in range(vectors)]
+    if what == "forward":
+        calls = {k: without_grad(f, *args) for k, f in functions.items()}
+        return Work(calls.pop("ours"), calls, bytes=forward_maps * args[0].nbytes)
+    leaves = [a.requires_grad_() for a in args]
+    grads = [torch.randn(b, t, d) for _ in range(2 if name == "gated_residual_layer_norm_modulate" else 1)]
+    calls = {k: backward(f, leaves, leaves, grads) for k, f in functions.items()}
+    return Work(calls.pop("ours"), calls, bytes=backward_maps * args[0].nbytes)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.harness import Comparison, backward
 from convdit import ops
 
-SHAPES = [(8, 56, 96), (8, 28, 192), (8, 14, 384), (8, 7, 768), (8, 56, 40)]  # images, side, channels
+from .harness import Comparison, Work, backward, without_grad
+
+MAPS = [(56, 96), (28, 192), (14, 384), (7, 768), (56, 40)]  # side, channels; ConvNeXt Tiny's stages, atto's first
+N = 8
+
+
+def comparisons() -> Iterator[Comparison]:
+    for side, channels in MAPS:
+        for what in ("forward", "input_grad", "weight_grad"):
+            build, shape = partial(depthwise_conv, what, side, channels), f"C={channels}, {side}x{side}"
+            quick = channels in (96, 384)
+            yield Comparison("depthwise_conv2d", what, shape, torch.float32, build, quick=quick)
 
 
 def real_taps(side: int, kernel: int = 7) -> int:
@@ -19,32 +31,22 @@ def real_taps(side: int, kernel: int = 7) -> int:
     return line * line
 
 
-def comparisons() -> Iterator[Comparison]:
-    for n, side, channels in SHAPES:
-        x = torch.randn(n, side, side, channels)
-        weight, bias = torch.randn(channels, 1, 7, 7), torch.randn(channels)
-        flops, size = 2.0 * n * channels * real_taps(side), 4 * x.numel()
-        shape = f"C={channels}, {side}x{side}"
-        nchw = x.permute(0, 3, 1, 2)  # channels_last
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's convolution of (N, H, W, C), seen as (N, C, H, W) in channels_last."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return y.permute(0, 2, 3, 1)
 
-        def eager(x, weight, bias):
-            return F.conv2d(x, weight, bias, padding=3, groups=weight.shape[0])
 
-        yield Comparison(
-            "depthwise_conv2d", "forward", shape, x.dtype,
-            lambda x=x, w=weight, b=bias: ops.depthwise_conv2d(x, w, b),
-            {"eager": lambda x=nchw, w=weight, b=bias: eager(x, w, b)},
-            flops, 2 * size,
-        )  # fmt: skip
-        wanted = {"input_grad": (True, False), "weight_grad": (False, True)}
-        for what, (of_input, of_weight) in wanted.items():
-            leaf, channels_last = x.clone().requires_grad_(of_input), nchw.detach().requires_grad_(of_input)
-            w, b = weight.clone().requires_grad_(of_weight), bias.clone().requires_grad_(of_weight)
-            y, z = ops.depthwise_conv2d(leaf, w, b), eager(channels_last, w, b)
-            grad = torch.randn_like(y)
-            yield Comparison(
-                "depthwise_conv2d", what, shape, x.dtype,
-                backward(y, [leaf] if of_input else [w, b], grad),
-                {"eager": backward(z, [channels_last] if of_input else [w, b], grad.permute(0, 3, 1, 2))},
-                flops, 2 * size,
-            )  # fmt: skip
+def depthwise_conv(what: str, side: int, channels: int, n: int = N) -> Work:
+    x, weight, bias = torch.randn(n, side, side, channels), torch.randn(channels, 1, 7, 7), torch.randn(channels)
+    cost = {"vector": 2.0 * n * channels * real_taps(side), "bytes": 2 * x.nbytes}
+    functions = {"ours": ops.depthwise_conv2d, "eager": eager}
+    if what == "forward":
+        calls = {k: without_grad(f, x, weight, bias) for k, f in functions.items()}
+    else:
+        wanted = [x] if what == "input_grad" else [weight, bias]
+        for leaf in wanted:
+            leaf.requires_grad_()
+        grad = torch.randn_like(x)
+        calls = {k: backward(f, (x, weight, bias), wanted, grad) for k, f in functions.items()}
+    return Work(calls.pop("ours"), calls, **cost)

@@ -1,55 +1,82 @@
 """The depthwise 7x7 convolution of visible sites only, against our dense one and PyTorch's on a zero-filled map.
 
-20 of 49 patches are visible, as with a mask ratio of 0.6.
+20 of 49 patches are visible. spconv, the library for sparse convolutions, stands beside the forward pass as a peer and
+has no bar: it has no groups, so that it can compute a depthwise convolution only as a full one whose weights between
+different channels are zero, C times the products; it has no backward on a CPU; and its results with two threads are
+wrong, so that it runs with one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.bench_depthwise_conv import SHAPES
-from benchmarks.harness import Comparison, backward
 from convdit import ops
 from convdit.sparse import ActiveSites, SparseTensor2d, random_patch_mask
 
+from . import bench_depthwise_conv as dense
+from .harness import Comparison, Work, backward, without_grad
+
+GRID, VISIBLE = 7, 20
+
 
 def comparisons() -> Iterator[Comparison]:
-    for n, side, channels in SHAPES[:4]:
-        mask = random_patch_mask(n, (7, 7), 0.58, torch.Generator().manual_seed(0))
-        sites = ActiveSites.from_patch_mask(mask, side // 7, visible_per_image=20)
-        features = torch.randn(len(sites), channels)
-        dense = SparseTensor2d(features, sites).dense()
-        weight, bias = torch.randn(channels, 1, 7, 7), torch.randn(channels)
-        present = int((sites.site_neighbors(3) >= 0).sum())
-        flops, size = 2.0 * present * channels, 4 * features.numel()
-        shape = f"C={channels}, {side}x{side}"
+    for side, channels in dense.MAPS[:4]:
+        shape, quick = f"block {side // GRID}, C={channels}", channels in (96, 384)
+        for against in ("own dense", "PyTorch"):
+            for what in ("forward", "input_grad", "weight_grad"):
+                build = partial(sparse_conv, what, against, side, channels)
+                few = quick and (against == "own dense" or what == "forward")
+                yield Comparison("sparse_depthwise_conv2d", what, shape, torch.float32, build, against, few)
+        build = partial(sparse_conv, "forward", "spconv", side, channels)
+        yield Comparison("sparse_depthwise_conv2d", "forward", shape, torch.float32, build, "spconv", threads=1)
 
-        def eager(x, w, b):
-            return F.conv2d(x.permute(0, 3, 1, 2), w, b, padding=3, groups=w.shape[0])
 
-        yield Comparison(
-            "sparse_depthwise_conv2d", "forward", shape, features.dtype,
-            lambda f=features, w=weight, b=bias, s=sites: ops.sparse_depthwise_conv2d(f, w, b, s),
-            {"own dense": lambda x=dense, w=weight, b=bias: ops.depthwise_conv2d(x, w, b)},
-            flops, 2 * size,
-        )  # fmt: skip
-        yield Comparison(
-            "sparse_depthwise_conv2d", "forward", shape, features.dtype,
-            lambda f=features, w=weight, b=bias, s=sites: ops.sparse_depthwise_conv2d(f, w, b, s),
-            {"eager": lambda x=dense, w=weight, b=bias: eager(x, w, b)},
-            flops, 2 * size,
-        )  # fmt: skip
-        leaf, map_leaf = features.clone().requires_grad_(), dense.clone().requires_grad_()
-        w, b = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-        ours = ops.sparse_depthwise_conv2d(leaf, w, b, sites)
-        for name, function in {"own dense": ops.depthwise_conv2d, "eager": eager}.items():
-            theirs = function(map_leaf, w, b)
-            yield Comparison(
-                "sparse_depthwise_conv2d", "backward", shape, features.dtype,
-                backward(ours, [leaf, w, b], torch.randn_like(ours)),
-                {name: backward(theirs, [map_leaf, w, b], torch.randn_like(theirs))},
-                2 * flops, 4 * size,
-            )  # fmt: skip
+def sparse_conv(what: str, against: str, side: int, channels: int, n: int = dense.N) -> Work:
+    mask = random_patch_mask(n, (GRID, GRID), 1 - (VISIBLE + 0.5) / GRID**2)
+    sites = ActiveSites.from_patch_mask(mask, side // GRID, VISIBLE)
+    features, weight, bias = torch.randn(len(sites), channels), torch.randn(channels, 1, 7, 7), torch.randn(channels)
+    x = SparseTensor2d(features, sites).dense()
+    taps = int((sites.site_neighbors(3) >= 0).sum())
+    cost = {"vector": 2.0 * taps * channels, "bytes": 2 * features.nbytes}
+
+    def ours(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.sparse_depthwise_conv2d(features, weight, bias, sites)
+
+    if against == "spconv":
+        functions = {"spconv": spconv_call(features, weight, bias, sites)}
+        return Work(without_grad(ours, features, weight, bias), functions, **cost)
+    theirs = {"own dense": ops.depthwise_conv2d, "PyTorch": dense.eager}[against]
+    name = "own dense" if against == "own dense" else "eager"
+    if what == "forward":
+        call = without_grad(theirs, x, weight, bias)
+        return Work(without_grad(ours, features, weight, bias), {name: call}, **cost)
+    inputs = {"ours": features, name: x}
+    leaves = {k: [v] if what == "input_grad" else [weight, bias] for k, v in inputs.items()}
+    for leaf in sum(leaves.values(), []):
+        leaf.requires_grad_()
+    grad = torch.randn_like(features)
+    dense_grad = SparseTensor2d(grad, sites).dense()
+    call = backward(theirs, (x, weight, bias), leaves[name], dense_grad)
+    return Work(backward(ours, (features, weight, bias), leaves["ours"], grad), {name: call}, **cost)
+
+
+def spconv_call(features: Tensor, weight: Tensor, bias: Tensor, sites: ActiveSites) -> Callable[[], Tensor]:
+    import spconv.pytorch as spconv
+
+    channels, side = features.shape[1], weight.shape[-1]
+    layer = spconv.SubMConv2d(
+        channels, channels, side, padding=side // 2, indice_key="sites", algo=spconv.ConvAlgo.Native
+    )
+    with torch.no_grad():
+        layer.weight.zero_()  # (out, row, column, in)
+        index = torch.arange(channels)
+        layer.weight[index, :, :, index] = weight[:, 0]
+        layer.bias.copy_(bias)
+    tensor = spconv.SparseConvTensor(features, sites.indices, list(sites.spatial_shape), sites.batch_size)
+    with torch.no_grad():
+        tensor.indice_dict = layer(tensor).indice_dict  # its tables are built once, as ours are
+    return without_grad(lambda: layer(tensor).features)

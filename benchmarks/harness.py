@@ -1,126 +1,242 @@
-"""Interleaved timing of one operator against its rivals, beside what the machine can do.
+"""Interleaved timing of ours against rivals, beside what the machine can do.
 
-A and B run in turns in one process, so that a busy or throttled machine slows both; the ratio is the median over the
-turns. With one thread the clock is the process's CPU time, which other processes do not disturb; with more it is wall
-time. The ceiling of a row is the larger of its arithmetic at the measured multiply-add rate and its compulsory bytes at
-the measured copy rate, so `fraction` is the share of what this machine could do.
+A row is the work of one `Comparison`: ours and its rivals run in turns in one process, so that a busy or throttled
+machine slows all of them. A run is a few turns, its ratio the median over them; the row's ratio is the median of three
+runs. With one thread the clock is the process's CPU time, which other processes disturb least; with more it is wall
+time. On CUDA it is the device's own, between two events, with the L2 cache emptied before each call.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch._functorch.config
 
+from .bars import Bar, find_bar
+from .machine import Machine
+
 torch._functorch.config.donated_buffer = False  # a compiled graph's backward is called more than once here
-MALLOC_TUNED = "MALLOC_MMAP_THRESHOLD_" in os.environ  # fresh tensors then keep their pages
+
+RUNS = 3
+Function = Callable[[], object]
 
 
 @dataclass
+class Work:
+    """What to time: `ours` and each of `rivals` compute the same from the same values.
+
+    None can avoid `matrix` and `vector` operations (a multiply-add is two, taps that fall outside the map are none),
+    those inside and outside matrix products, and `bytes` of traffic.
+    """
+
+    ours: Function
+    rivals: dict[str, Function]
+    matrix: float = 0
+    vector: float = 0
+    bytes: float = 0
+    wall: bool = False  # time by the wall clock, whatever the number of threads
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """What to time: `ours` and each of `rivals` do the same work, which cannot avoid `flops` and `bytes`."""
+    """One row: its name, and how to make what is timed. Listing comparisons allocates nothing."""
 
     operator: str
-    what: str  # forward | input_grad | weight_grad | backward
+    what: (
+        str  # forward | input_grad | weight_grad | backward | step: forward and backward, of a model with its optimiser
+    )
     shape: str
     dtype: torch.dtype
-    ours: Callable[[], object]
-    rivals: dict[str, Callable[[], object]]
-    flops: float
-    bytes: float
+    build: Callable[[], Work]
+    against: str = "PyTorch"  # PyTorch | own dense | spconv | one thread | eager, of the grid
+    quick: bool = False  # a row of --quick too
+    threads: int | None = None  # when not those of the run
+    malloc: tuple[str, ...] = ("default", "tuned")  # the settings to measure under
+    effort: float = 1  # share of the usual time; a row below its bar is then measured again with all of it
+    limit: float | None = None  # seconds; where one call of ours takes longer the row is left out
+    unit: str = "ms"  # or MB: ours and the rivals then return their peak memory
+
+    @property
+    def bar(self) -> Bar | None:
+        return find_bar(self.operator, self.what, self.against, self.shape, self.dtype, self.unit)
+
+
+class TooLong(Exception):
+    """A row that takes longer than its limit."""
 
 
 @dataclass
 class Row:
+    """`ratio` is the rival's figure over ours; ours over the rival's where the bar is an upper one (`bar.at_most`)."""
+
     operator: str
     what: str
     shape: str
     dtype: str
     threads: int
     malloc: str
-    ours_ms: float
+    ours: float
     rival: str
-    rival_ms: float
+    rivals: dict[str, float]
     ratio: float
-    ceiling: str
-    fraction: float
+    against: str
+    unit: str = "ms"
+    ceiling: str = ""
+    fraction: float | None = None
+    operations: float = 0
+    traffic: float = 0  # bytes
+    bar: Bar | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.bar is None else self.bar.met(self.ratio)
+
+    def as_json(self) -> dict:
+        """With the unit in the names: ours_ms, rival_ms, rivals_ms; or ours_MB and so on."""
+        data = asdict(self) | {"met": self.met}
+        data["pass"] = data.pop("what")
+        data[f"ours_{self.unit}"] = data.pop("ours")
+        data[f"rival_{self.unit}"] = self.rivals[self.rival]
+        data[f"rivals_{self.unit}"] = data.pop("rivals")
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict) -> Row:
+        data, unit = dict(data), data["unit"]
+        data["bar"] = data["bar"] and Bar(**data["bar"])
+        del data["met"], data[f"rival_{unit}"]
+        return cls(what=data.pop("pass"), ours=data.pop(f"ours_{unit}"), rivals=data.pop(f"rivals_{unit}"), **data)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Measured rates: multiply-adds (two operations each) by a matrix product, bytes by a copy beyond the cache."""
-
-    flops: float
-    bytes: float
-
-
-def clock() -> float:
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def once(function: Callable[[], object], repeats: int) -> float:
+def seconds_a_call(function: Function, repeats: int, wall: bool) -> float:
+    """Mean time of `repeats` calls."""
+    if torch.get_default_device().type == "cuda":
+        return device_seconds(function, repeats)
+    clock = time.perf_counter if wall else time.process_time
     start = clock()
     for _ in range(repeats):
         function()
     return (clock() - start) / repeats
 
 
-def interleave(functions: list[Callable[[], object]], seconds: float) -> list[list[float]]:
-    """Times of each function, in turns, for about `seconds` in all; at least five turns."""
+def device_seconds(function: Function, repeats: int) -> float:
+    """Mean time of `repeats` calls on the CUDA device, each with a cold cache. No GPU has run this yet."""
+    flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8)
+    total = 0.0
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        total += start.elapsed_time(end) / 1e3
+    return total / repeats
+
+
+def interleave(
+    functions: list[Function], seconds: float, wall: bool, limit: float | None = None
+) -> list[list[list[float]]]:
+    """times[run][turn][function]; about `seconds` in all, a turn a run at least. Odd turns go backwards."""
+    repeats = []
     for function in functions:
         function()
-    repeats = [max(1, int(0.004 / max(once(f, 1), 1e-6))) for f in functions]
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
+        once = seconds_a_call(function, 1, wall)
+        if limit is not None and once > limit:
+            raise TooLong(f"left out: one call takes {once:.1f} s")
+        repeats.append(max(1, int(0.004 / max(once, 1e-6))))
+    times: list[list[list[float]]] = [[] for _ in range(RUNS)]
     turn = 0
-    while turn < 5 or time.perf_counter() < end:
-        order = range(len(functions)) if turn % 2 == 0 else reversed(range(len(functions)))
-        for i in order:
-            times[i].append(once(functions[i], repeats[i]))
-        turn += 1
+    for run in times:
+        end = time.perf_counter() + seconds / RUNS
+        while not run or time.perf_counter() < end:
+            row = [0.0] * len(functions)
+            for i in sorted(range(len(functions)), reverse=turn % 2 == 1):
+                row[i] = seconds_a_call(functions[i], repeats[i], wall)
+            run.append(row)
+            turn += 1
     return times
 
 
-def measure_machine(seconds: float = 0.5) -> Machine:
-    a, b = torch.randn(768, 768), torch.randn(768, 768)
-    source, target = torch.randn(32 << 20), torch.empty(32 << 20)
-    product, copy = interleave([lambda: torch.mm(a, b), lambda: target.copy_(source)], seconds)
-    return Machine(2 * 768**3 / min(product), 2 * source.nbytes / min(copy))
+def summarise(times: list[list[list[float]]]) -> tuple[list[float], int, float]:
+    """(median time of each function, index of the best rival, its time over ours: the median of the runs' medians)."""
+    turns = [turn for run in times for turn in run]
+    medians = [statistics.median(column) for column in zip(*turns, strict=True)]
+    best = min(range(1, len(medians)), key=medians.__getitem__)
+    ratio = statistics.median(statistics.median(turn[best] / turn[0] for turn in run) for run in times)
+    return medians, best, ratio
 
 
-def measure(c: Comparison, machine: Machine, seconds: float) -> Row:
-    times = interleave([c.ours, *c.rivals.values()], seconds)
-    medians = [statistics.median(t) for t in times]
-    best = min(range(1, len(times)), key=lambda i: medians[i])
-    ratio = statistics.median(r / o for o, r in zip(times[0], times[best], strict=True))
-    arithmetic, memory = c.flops / machine.flops, c.bytes / machine.bytes
+def ceiling(work: Work, machine: Machine, dtype: torch.dtype) -> tuple[str, float]:
+    """(what binds, the shortest time in seconds): arithmetic at the machine's peaks, or traffic at its copy rate."""
+    parts = {"sgemm": work.matrix / machine.matrix_rate(dtype), "fma": work.vector / machine.fma}
+    arithmetic, memory = sum(parts.values()), work.bytes / machine.copy_rate(work.bytes)
+    return ("copy", memory) if memory >= arithmetic else (max(parts, key=parts.__getitem__), arithmetic)
+
+
+def measure(comparison: Comparison, machine: Machine, malloc: str, seconds: float) -> Row:
+    work, bar, threads = comparison.build(), comparison.bar, comparison.threads or torch.get_num_threads()
+    functions = [work.ours, *work.rivals.values()]
+    binds, shortest = "", 0.0
+    if comparison.unit == "MB":
+        figures = [float(f()) for f in functions]
+        ratio = min(figures[1:]) / figures[0]
+    else:
+        for effort in (comparison.effort, 1):
+            times = interleave(functions, seconds * effort, work.wall or threads > 1, comparison.limit)
+            medians, _, ratio = summarise(times)
+            if effort == 1 or bar is None or bar.met(ratio):
+                break
+        figures = [1e3 * median for median in medians]
+        binds, shortest = ceiling(work, machine, comparison.dtype)
+    rivals = dict(zip(work.rivals, figures[1:], strict=True))
+    if comparison.against == "one thread" and min(rivals.values()) < 1:
+        bar = None  # starting threads costs a share of a call as short
     return Row(
-        c.operator,
-        c.what,
-        c.shape,
-        str(c.dtype).removeprefix("torch."),
-        torch.get_num_threads(),
-        "tuned" if MALLOC_TUNED else "default",
-        medians[0] * 1e3,
-        list(c.rivals)[best - 1],
-        medians[best] * 1e3,
-        ratio,
-        "sgemm" if arithmetic > memory else "copy",
-        max(arithmetic, memory) / medians[0],
+        comparison.operator,
+        comparison.what,
+        comparison.shape,
+        str(comparison.dtype).removeprefix("torch."),
+        threads,
+        malloc,
+        figures[0],
+        min(rivals, key=rivals.__getitem__),
+        rivals,
+        1 / ratio if bar and bar.at_most else ratio,
+        comparison.against,
+        comparison.unit,
+        binds if shortest else "",
+        1e3 * shortest / figures[0] if shortest else None,
+        work.matrix + work.vector,
+        work.bytes,
+        bar,
     )
 
 
-def backward(outputs, inputs, cotangents) -> Callable[[], object]:
-    """The backward pass alone, of a graph built once."""
-    return lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True)
+def worse(a: Row, b: Row) -> Row:
+    """Of one row under two settings, the one that counts: where we look worse."""
+    return (max if a.bar and a.bar.at_most else min)(a, b, key=lambda row: row.ratio)
 
 
-def as_json(row: Row) -> dict:
-    data = asdict(row)
-    data["pass"] = data.pop("what")
-    return data
+def backward(function: Callable, arguments: Sequence, inputs, cotangents) -> Function:
+    """The backward pass alone, of a graph built at the first call."""
+    outputs: list = []
+
+    def call():
+        if not outputs:
+            outputs.append(function(*arguments))
+        return torch.autograd.grad(outputs[0], inputs, cotangents, retain_graph=True)
+
+    return call
+
+
+def without_grad(function: Callable, *arguments) -> Function:
+    def call():
+        with torch.no_grad():
+            return function(*arguments)
+
+    return call

@@ -94,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
 
     info = add("info", _info, "what was built, and a self-check of every operator")
     info.add_argument("--out", help="write it to this JSON file too")
+    bench = add("bench", _bench, "times of operators and models beside their rivals'")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="depthwise_conv, convnext, ...; all by default")
+    bench.add_argument("--match", default="", metavar="TEXT", help="only rows whose line holds this text")
+    bench.add_argument("--quick", action="store_true", help="a sample of the rows, in under two minutes")
+    bench.add_argument("--list", action="store_true", help="print the rows and measure none")
+    bench.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    bench.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    bench.add_argument("--out", metavar="FILE.json", help="write the rows there; a plot and a page go beside it")
     flops = add("flops", _flops, "multiply-adds and parameters of a model")
     flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...")
     flops.add_argument("--image-size", type=int, help="default: 224; DiT: latents of 32")
@@ -245,3 +253,12 @@ def _flops(given: argparse.Namespace) -> None:
     from .training.count import count
 
     _report(count(given.model, given.image_size, given.modules), given.out)
+
+
+def _bench(given: argparse.Namespace) -> int:
+    try:
+        from .benchmarks import command
+    except ModuleNotFoundError:  # a checkout that was not installed has them beside this package
+        from benchmarks import command
+
+    return command.main(given)

@@ -378,31 +378,33 @@ CONVDIT_INLINE Vec<float> tanh(Vec<float> x) {
 }
 
 // The standard normal distribution at x, absolute error below 1.5e-7; exactly 0 and 1 beyond 5.5 standard deviations, so
-// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * p(x^2): p is a minimax fit of degree 15 in
-// u = 2 (x / 5.5)^2 - 1, an interval on which none of its terms cancel. No exponential and no division.
+// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * p(x^2) / q(x^2), a minimax fit with positive
+// coefficients: nothing cancels. The division has its own unit, beside those of the polynomials.
 CONVDIT_INLINE Vec<float> normal_cdf(Vec<float> x) {
-  const Vec<float> s = x * x, u = s * 0.0661156997f - 1.f;
-  Vec<float> p = splat(-0x1.efcddcp-13f);
-  p = p * u + 0x1.4b1e86p-11f;
-  p = p * u + -0x1.156ad8p-11f;
-  p = p * u + 0x1.798abap-11f;
-  p = p * u + -0x1.3d046ep-9f;
-  p = p * u + 0x1.2ee4aap-8f;
-  p = p * u + -0x1.bef318p-8f;
-  p = p * u + 0x1.4f2538p-7f;
-  p = p * u + -0x1.eb7d64p-7f;
-  p = p * u + 0x1.4da73p-6f;
-  p = p * u + -0x1.aac652p-6f;
-  p = p * u + 0x1.06b836p-5f;
-  p = p * u + -0x1.3dca5ep-5f;
-  p = p * u + 0x1.87111p-5f;
-  p = p * u + -0x1.06d992p-4f;
-  p = p * u + 0x1.07463cp-3f;
+  const Vec<float> s = x * x;
+  Vec<float> p = splat(2.2805011e-8f), q = splat(1.197519282e-6f);
+  p = p * s + 6.3308153e-6f, q = q * s + 7.307447231e-5f;
+  p = p * s + 1.6721952e-4f, q = q * s + 1.87553803e-3f;
+  p = p * s + 4.667623e-3f, q = q * s + 2.856010199e-2f;
+  p = p * s + 3.3705913e-2f, q = q * s + 2.51154393e-1f;
+  p = p * s + 3.9894226e-1f, q = q * s + 1.f;
   const Vec<float> far = x < 0 ? splat(0.f) : splat(1.f);
-  return s > 30.25f ? far : x * p + 0.5f;
+  return s > 30.25f ? far : x * (p / q) + 0.5f;
 }
-// Its density, e^(-x^2/2) / sqrt(2 pi), absolute error below 1e-7.
-CONVDIT_INLINE Vec<float> normal_pdf(Vec<float> x) { return exp(x * x * -0.5f) * 0.398942280f; }
+// Its density, e^(-x^2/2) / sqrt(2 pi), absolute error below 1e-7: 2^t for t <= 0, split into 2^n, whose exponent's bits are
+// made by an addition, and a polynomial for the rest; exactly 0 from t = -127 on, so that x * normal_pdf(x) is right for huge x.
+CONVDIT_INLINE Vec<float> normal_pdf(Vec<float> x) {
+  typedef typename VecOf<float>::integer Int;
+  const Vec<float> t = vmax(splat(-127.f), x * x * -0.721347520f);  // in this order a NaN stays one
+  const Vec<float> shift = splat(0x1.8p23f + 127.f), biased = t + shift, r = t - (biased - shift);
+  Vec<float> p = splat(5.296548479e-4f);
+  p = p * r + 3.859982593e-3f;
+  p = p * r + 2.214414254e-2f;
+  p = p * r + 9.583438933e-2f;
+  p = p * r + 2.765256464e-1f;
+  p = p * r + 3.989423215e-1f;
+  return p * reinterpret_cast<Vec<float>>(reinterpret_cast<Int>(biased) << 23);
+}
 
 // float64 exists for checking gradients: exact rather than fast.
 CONVDIT_INLINE Vec<double> exp(Vec<double> x) {

@@ -60,18 +60,21 @@ template <int V, class T, class F>
 __device__ __forceinline__ void for_rows(const Tile& tile, const Plan& plan, int64_t channels, int64_t c, const T* x, const T* grad, const F& f) {
   const int64_t group = threadIdx.x / plan.width;
   for (int64_t row = tile.first + group; row < tile.last; row += kAhead * plan.groups) {
-    accum_t<T> v[kAhead][V], g[kAhead][V];
+    Bits<T, V> x_bits[kAhead] = {}, grad_bits[kAhead] = {};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
+      if (row + i * plan.groups >= tile.last) continue;
       const int64_t at = (row + i * plan.groups) * channels + c;
-      if (row + i * plan.groups >= tile.last) break;
-      load(x + at, V, true, v[i]);
-      if (grad) load(grad + at, V, true, g[i]);
+      x_bits[i] = fetch<V>(x + at);
+      if (grad) grad_bits[i] = fetch<V>(grad + at);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (row + i * plan.groups >= tile.last) break;
-      f(row + i * plan.groups, v[i], g[i]);
+      if (row + i * plan.groups >= tile.last) continue;
+      accum_t<T> v[V], g[V];
+      widen<V, T>(x_bits[i], v);
+      widen<V, T>(grad_bits[i], g);
+      f(row + i * plan.groups, v, g);
     }
   }
 }
@@ -180,14 +183,30 @@ __device__ __forceinline__ A warp_total(const GrnShape& p, const A* parts, int64
   return warp_sum(total);
 }
 
+// Parameters of a block's channels in shared memory, so that each is read from global memory once a block: channel i of the chunk,
+// the i % V-th of thread i / V, lies in row i % V. Rows are spaced so that neither writing nor reading has bank conflicts.
+template <int V, class A>
+struct Parameters {
+  static constexpr int kRow = kMostWidth + kWarp / V;
+  A values[V * kRow];
+  __device__ __forceinline__ void write(int i, A value) { values[i % V * kRow + i / V] = value; }
+  __device__ __forceinline__ void read(int thread, A (&to)[V]) const {
+#pragma unroll
+    for (int k = 0; k < V; ++k) to[k] = values[k * kRow + thread];
+  }
+};
+
 // ---- (3) results, from the last tile to the first: step 1 read the last ones last, so they may still be in cache --------
 template <class T, int V, bool Gelu>
 __global__ void __launch_bounds__(kThreads) apply_forward(Grn p, Plan plan, const accum_t<T>* means) {
   using A = accum_t<T>;
   __shared__ Tile shared_tile;
   __shared__ A shared_mean;
+  __shared__ Parameters<V, A> factors, biases;
+  const int thread = threadIdx.x % plan.width;
+  const A *weight = static_cast<const A*>(p.weight), *norm = static_cast<const A*>(p.norm);
   for (int64_t task = blockIdx.x; task < plan.slots * plan.chunks; task += gridDim.x) {
-    const int64_t slot = plan.slots - 1 - task / plan.chunks, c = (task % plan.chunks * plan.width + threadIdx.x % plan.width) * V;
+    const int64_t slot = plan.slots - 1 - task / plan.chunks, c0 = task % plan.chunks * plan.width * V, c = c0 + thread * V;
     __syncthreads();  // the tile before may still be read
     if (threadIdx.x < kWarp) {
       const Tile tile = find_tile(p, plan, slot);
@@ -196,13 +215,16 @@ __global__ void __launch_bounds__(kThreads) apply_forward(Grn p, Plan plan, cons
     }
     __syncthreads();
     const Tile tile = shared_tile;
+    const A scale = 1 / (shared_mean + static_cast<A>(p.eps));
+    for (int i = threadIdx.x; i < plan.width * V && c0 + i < p.channels; i += kThreads) {
+      factors.write(i, 1 + weight[c0 + i] * norm[tile.image * p.channels + c0 + i] * scale);
+      biases.write(i, static_cast<const A*>(p.bias)[c0 + i]);
+    }
+    __syncthreads();
     if (threadIdx.x >= plan.width * plan.groups || c >= p.channels) continue;
-    A factor[V], bias[V], norm[V];
-    load(static_cast<const A*>(p.weight) + c, V, true, factor);
-    load(static_cast<const A*>(p.bias) + c, V, true, bias);
-    load(static_cast<const A*>(p.norm) + tile.image * p.channels + c, V, true, norm);
-#pragma unroll
-    for (int k = 0; k < V; ++k) factor[k] = 1 + factor[k] * (norm[k] / (shared_mean + static_cast<A>(p.eps)));
+    A factor[V], bias[V];
+    factors.read(thread, factor);
+    biases.read(thread, bias);
     T* y = static_cast<T*>(p.y) + c;
     for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(nullptr), [&](int64_t row, A(&v)[V], const A(&)[V]) {
 #pragma unroll
@@ -217,8 +239,11 @@ __global__ void __launch_bounds__(kThreads) apply_backward(GrnBackward p, Plan p
   using A = accum_t<T>;
   __shared__ Tile shared_tile;
   __shared__ A shared_mean, shared_dot;
+  __shared__ Parameters<V, A> of_grad, of_g;
+  const int thread = threadIdx.x % plan.width;
+  const A *weight = static_cast<const A*>(p.weight), *norm = static_cast<const A*>(p.norm);
   for (int64_t task = blockIdx.x; task < plan.slots * plan.chunks; task += gridDim.x) {
-    const int64_t slot = plan.slots - 1 - task / plan.chunks, c = (task % plan.chunks * plan.width + threadIdx.x % plan.width) * V;
+    const int64_t slot = plan.slots - 1 - task / plan.chunks, c0 = task % plan.chunks * plan.width * V, c = c0 + thread * V;
     __syncthreads();  // the tile before may still be read
     if (threadIdx.x < kWarp) {
       const Tile tile = find_tile(p, plan, slot);
@@ -227,19 +252,20 @@ __global__ void __launch_bounds__(kThreads) apply_backward(GrnBackward p, Plan p
     }
     __syncthreads();
     const Tile tile = shared_tile;
-    if (threadIdx.x >= plan.width * plan.groups || c >= p.channels) continue;
     // With m = mean of G + eps and S = sum of grad * g, the gradient of G is weight * S / m - mean(weight * S * G) / m^2, and that
     // of g is grad * (1 + weight * G / m) + g / G times it.
-    A by_grad[V], by_g[V], norm[V], weight[V], s[V];
-    load(static_cast<const A*>(p.weight) + c, V, true, weight);
-    load(static_cast<const A*>(p.norm) + tile.image * p.channels + c, V, true, norm);
-    load(sums.grad_g + tile.image * p.channels + c, V, true, s);
     const A scale = 1 / (shared_mean + static_cast<A>(p.eps)), shift = shared_dot * scale;
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      by_grad[k] = 1 + weight[k] * norm[k] * scale;
-      by_g[k] = norm[k] > 0 ? (weight[k] * s[k] - shift) * scale / norm[k] : A(0);
+    for (int i = threadIdx.x; i < plan.width * V && c0 + i < p.channels; i += kThreads) {
+      const int64_t at = tile.image * p.channels + c0 + i;
+      const A w = weight[c0 + i], g_norm = norm[at];
+      of_grad.write(i, 1 + w * g_norm * scale);
+      of_g.write(i, g_norm > 0 ? (w * sums.grad_g[at] - shift) * scale / g_norm : A(0));
     }
+    __syncthreads();
+    if (threadIdx.x >= plan.width * plan.groups || c >= p.channels) continue;
+    A by_grad[V], by_g[V];
+    of_grad.read(thread, by_grad);
+    of_g.read(thread, by_g);
     T* grad_x = static_cast<T*>(p.grad_x) + c;
     for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(p.grad), [&](int64_t row, A(&v)[V], const A(&g)[V]) {
 #pragma unroll

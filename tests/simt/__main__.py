@@ -1,4 +1,7 @@
-"""python -m tests.simt operators [--arch compute_90] [pytest's arguments ...]: tests of the operators, over their CUDA kernels."""
+"""The tests of the operators, over their CUDA kernels:
+
+python -m tests.simt operators [--arch compute_90] [pytest's arguments ...]
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ def main(arguments: list[str]) -> int:
         print(f"tests.simt: {error}", file=sys.stderr)
         return 1
     environment = dict(os.environ, CONVDIT_LIBRARY_DIR=str(folder), PYTHONPATH=str(build.ROOT))
-    return subprocess.run([sys.executable, "-m", "pytest", "-p", "tests.simt.plugin", *arguments], env=environment).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.simt.plugin", *arguments], env=environment
+    ).returncode
 
 
 sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Builds what the executor runs: a library from one CUDA file, or convdit's operators with their CUDA kernels for CPU tensors.
+"""Builds what the executor runs: a library of one CUDA file, or convdit's operators with their CUDA kernels.
 
 Everything lies in build/simt, named by a hash of what it was made from, so that only what changed is built again.
 """
@@ -24,7 +24,16 @@ BUILD = ROOT / "build" / "simt"
 ARCHITECTURES = ("compute_80", "compute_90")
 CXX = os.environ.get("CXX", "g++")
 # -O1: kernels are large and run on small inputs. Integers wrap and nothing is contracted, as on the GPU.
-KERNEL_FLAGS = ["-O1", "-march=native", "-std=c++20", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing", "-w"]
+KERNEL_FLAGS = [
+    "-O1",
+    "-march=native",
+    "-std=c++20",
+    "-fPIC",
+    "-fwrapv",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-w",
+]
 RUNTIME_FLAGS = ["-O2", "-march=native", "-std=c++20", "-fPIC", "-fwrapv", "-fvisibility=hidden", "-Wall"]
 
 
@@ -33,10 +42,13 @@ class BuildError(Exception):
 
 
 def nvcc() -> str:
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
+    found = shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    )
     if found is None:
         raise BuildError(
-            "nvcc was not found: the executor runs what nvcc makes of the kernels. Cure: install the CUDA toolkit and put nvcc on the PATH"
+            "nvcc was not found: the executor runs what nvcc makes of the kernels. "
+            "Cure: install the CUDA toolkit (13.0 or later) and put nvcc on the PATH"
         )
     return found
 
@@ -96,9 +108,9 @@ def source_text(path: Path, include: Path, seen: set[Path] | None = None) -> str
 
 
 def relative(path: str) -> str:
-    """A path in the repository, or the last two parts of a path outside it."""
+    """A path in the repository from its root; one outside as it is."""
     p = Path(path).resolve()
-    return str(p.relative_to(ROOT)) if p.is_relative_to(ROOT) else "/".join(p.parts[-2:])
+    return str(p.relative_to(ROOT)) if p.is_relative_to(ROOT) else str(p)
 
 
 def compile_cpp(text: str, name: str, compiler: list[str], depends: str = "") -> Path:
@@ -141,8 +153,8 @@ def nvcc_output(cuda: Path, architecture: str, include: Path) -> Path:
             if left.name not in ("kernels.ptx", "host.o"):
                 left.unlink()
 
-    name = f"{cuda.parent.name}-{cuda.stem}-{architecture}-{digest(source_text(cuda, include), architecture, machine(), str(cuda))}"
-    return made(BUILD / "nvcc" / name, make)
+    contents = digest(source_text(cuda, include), str(cuda), *flags, machine())
+    return made(BUILD / "nvcc" / f"{cuda.parent.name}-{cuda.stem}-{architecture}-{contents}", make)
 
 
 def kernel_objects(ptx: str, name: str) -> tuple[list[Path], dict]:
@@ -159,10 +171,15 @@ def link(objects: list[Path], name: str, flags: list[str], table: dict) -> Path:
     def make(folder: Path) -> None:
         folder.mkdir()
         # Symbolic: PyTorch may have loaded NVIDIA's runtime, whose names the stand-in has.
-        run([CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", "-o", name, *map(str, objects), *flags], cwd=folder)
+        run(
+            [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", "-o", name, *map(str, objects), *flags], cwd=folder
+        )
         (folder / "kernels.json").write_text(json.dumps(table))
 
-    return made(BUILD / "libraries" / f"{Path(name).stem}-{digest(*map(str, objects), *flags, json.dumps(table))}", make) / name
+    return (
+        made(BUILD / "libraries" / f"{Path(name).stem}-{digest(*map(str, objects), *flags, json.dumps(table))}", make)
+        / name
+    )
 
 
 def library_of(path: Path, architecture: str = "compute_80") -> Path:
@@ -178,14 +195,22 @@ def library_of(path: Path, architecture: str = "compute_80") -> Path:
 
 
 def operators(architecture: str = "compute_80") -> Path:
-    """convdit's operators for CPU tensors, with their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR."""
+    """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR."""
     import torch
 
     torch_folder = Path(torch.__file__).parent
     rooms = sorted(p.parent for p in (ROOT / "csrc").glob("*/torch.cpp"))
     cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists()]
     include = ["-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{ROOT / 'csrc'}"]
-    compiler = [nvcc(), "-std=c++20", "-O1", "-Xcompiler", "-fPIC,-w", *include, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    compiler = [
+        nvcc(),
+        "-std=c++20",
+        "-O1",
+        "-Xcompiler",
+        "-fPIC,-w",
+        *include,
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
     device = ["-include", "torch_device.h"]
     cuda = ["-DCONVDIT_DEVICE_CUDA", "-DUSE_CUDA"]
     memory = ("torch_memory", [CXX, *RUNTIME_FLAGS, f"-I{torch_folder / 'include'}"])
@@ -208,7 +233,12 @@ def operators(architecture: str = "compute_80") -> Path:
         table |= kernel_table
     objects += [b.result() for b in bindings]
     objects += runtime_objects(cuda_runtime(), memory)
-    flags = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--unresolved-symbols=ignore-in-object-files"]
+    flags = [
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     library = link(objects, "libconvdit_ops.so", flags, table)
     information = list((ROOT / "convdit").glob("_C.*.so"))
     if not information:

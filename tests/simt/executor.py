@@ -28,7 +28,10 @@ class Finding:
 
     @classmethod
     def parse(cls, text: str) -> Finding:
-        pattern = r"(?P<what>.*?): (?P<file>[^:]*):(?P<line>\d+).*?, block (?P<block>\S+), thread (?P<thread>\S+), kernel (?P<kernel>.*?) \["
+        pattern = (
+            r"(?P<what>.*?): (?P<file>[^:]*):(?P<line>\d+).*?, block (?P<block>\S+), thread (?P<thread>\S+), "
+            r"kernel (?P<kernel>.*?) \["
+        )
         match = re.match(pattern, text)
         if not match:
             return cls(text.split(":")[0], "", 0, (0, 0, 0), (0, 0, 0), "", text)
@@ -37,7 +40,7 @@ class Finding:
 
 
 class Library:
-    """The executor inside a shared library: `library_of` a CUDA or PTX file, or the operators that `convdit` has loaded."""
+    """The executor inside a shared library that `build` made."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -52,10 +55,12 @@ class Library:
         self.c.simt_set_fuel.argtypes = [ctypes.c_int64]
         table = self.path.parent / "kernels.json"
         self.kernels: dict = json.loads(table.read_text()) if table.exists() else {}
-        names = subprocess.run(["c++filt"], input="\n".join(self.kernels), capture_output=True, text=True).stdout.splitlines()
+        names = subprocess.run(
+            ["c++filt"], input="\n".join(self.kernels), capture_output=True, text=True
+        ).stdout.splitlines()
         self.demangled = dict(zip(self.kernels, names, strict=True))
 
-    # ---- settings and reports -----------------------------------------------------------------------------------------
+    # ---- settings and reports ----------------------------------------------------------------------------------
     def set_orders(self, *orders: str | int) -> None:
         """Run every launch once in each order of threads: "forward", "reversed", or the seed of a shuffle."""
         self.c.simt_set_orders(",".join(map(str, orders)).encode())
@@ -77,13 +82,15 @@ class Library:
     def launches(self) -> int:
         return self.c.simt_launches()
 
-    # ---- launching ----------------------------------------------------------------------------------------------------
+    # ---- launching ---------------------------------------------------------------------------------------------
     def array(self, source: np.ndarray | tuple[tuple[int, ...], type]) -> np.ndarray:
         """A numpy array in device memory: a copy of one, or (shape, dtype) for one that nobody has written yet."""
         values = source if isinstance(source, np.ndarray) else None
         shape, dtype = (source.shape, source.dtype) if values is not None else (source[0], np.dtype(source[1]))
         count = int(np.prod(shape))
-        memory = (ctypes.c_char * max(1, count * dtype.itemsize)).from_address(self.c.simt_allocate(max(1, count * dtype.itemsize)))
+        memory = (ctypes.c_char * max(1, count * dtype.itemsize)).from_address(
+            self.c.simt_allocate(max(1, count * dtype.itemsize))
+        )
         result = np.frombuffer(memory, dtype, count).reshape(shape)
         if values is not None:
             result[...] = values
@@ -91,15 +98,21 @@ class Library:
 
     def kernel(self, name: str) -> str:
         """The symbol of the kernel whose demangled name contains `name`."""
-        found = [symbol for symbol, text in self.demangled.items() if name in (symbol, text.split("(")[0]) or name in text]
+        found = [
+            symbol for symbol, text in self.demangled.items() if name in (symbol, text.split("(")[0]) or name in text
+        ]
         exact = [s for s in found if name == s]
         if len(exact or found) != 1:
-            raise KeyError(f"kernel {name!r}: found {[self.demangled[s] for s in found] or list(self.demangled.values())}")
+            raise KeyError(
+                f"kernel {name!r}: found {[self.demangled[s] for s in found] or list(self.demangled.values())}"
+            )
         return (exact or found)[0]
 
     def launch(self, kernel: str, grid, block, *arguments, shared: int = 0) -> list[Finding]:
-        """Launch by name; arguments are arrays from `array`, or ctypes or numpy scalars. Returns the findings of this launch."""
-        values = [ctypes.c_uint64(a.ctypes.data) if isinstance(a, np.ndarray) and a.ndim else _scalar(a) for a in arguments]
+        """Launch by name; arguments are arrays from `array`, or numbers (Python's, numpy's or ctypes's)."""
+        values = [
+            ctypes.c_uint64(a.ctypes.data) if isinstance(a, np.ndarray) and a.ndim else _scalar(a) for a in arguments
+        ]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
         self.c.simt_launch(self.kernel(kernel).encode(), _three(grid), _three(block), shared, pointers)
         return [Finding.parse(line) for line in self.c.simt_last_findings().decode().splitlines()]

@@ -1,7 +1,7 @@
 """The instruction set: each opcode that the translator knows, with the types of its operands and its meaning in C++.
 
-VALUES holds the instructions that compute a value from values: one expression each, over a, b, c, ... (the source operands).
-Memory, control flow and whatever threads do together are in `translate.py`. What is in neither is Unsupported.
+VALUES holds the instructions that compute a value from values: one expression each, over a, b, c, d (the operands).
+Memory, control flow and whatever threads do together are in `actions.py`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ VALUES: dict[str, Value] = {}
 
 
 def expand(pattern: str) -> list[str]:
-    """"a{.x,}{.u,.v}" to a.x.u, a.x.v, a.u, a.v."""
+    """The opcodes of a pattern: "a{.x,}.{u,v}" gives a.x.u, a.x.v, a.u, a.v."""
     parts = re.split(r"\{([^}]*)\}", pattern)
     choices = [[p] if i % 2 == 0 else p.split(",") for i, p in enumerate(parts)]
     return ["".join(c) for c in itertools.product(*choices)]
 
 
 def define(pattern: str, code: str, sources: str = "T T", result: str = "T") -> None:
-    """Rows for every opcode of `pattern`. T is the opcode's last type, W the type twice as wide; a leading | in `code` is cut.
+    """Rows for every opcode of `pattern`. T is the opcode's last type ($T in C++), W the one twice as wide.
 
     `.ftz` flushes subnormal operands and results to zero, `.sat` clamps the result to 0..1, as in PTX.
     """
@@ -78,7 +78,11 @@ def integers() -> None:
     define("shl.{b16,b32,b64}", "shift_left<$T>(a, b)", "T u32")
     define(f"shr.{{b16,b32,b64,{INTEGERS}}}", "shift_right<$T>(a, b)", "T u32")
     for side, mode in itertools.product("lr", ("wrap", "clamp")):
-        define(f"shf.{side}.{mode}.b32", f"funnel_{side}(a, b, {'c & 31' if mode == 'wrap' else 'c < 32 ? c : 32'})", "T T u32")
+        define(
+            f"shf.{side}.{mode}.b32",
+            f"funnel_{side}(a, b, {'c & 31' if mode == 'wrap' else 'c < 32 ? c : 32'})",
+            "T T u32",
+        )
     define("bfe.{u32,s32,u64,s64}", "extract_bits<$T>(a, b, c)", "T u32 u32")
     define("bfi.{b32,b64}", "insert_bits<$T>(a, b, c, d)", "T T u32 u32")
     define("prmt.b32", "permute_bytes(a, b, c)", "T T T")
@@ -99,8 +103,12 @@ def comparisons() -> None:
     floats = "{.ftz.f32,.f32,.f64,.f16,.bf16}"
     for name, sign in signs.items():
         define(f"setp.{name}.{{{INTEGERS}}}", f"a {sign} b", result="pred")
-        define(f"setp.{name}{floats}", f"compare(a, b, [](auto x, auto y) {{ return x {sign} y; }}, false)", result="pred")
-        define(f"setp.{name}u{floats}", f"compare(a, b, [](auto x, auto y) {{ return x {sign} y; }}, true)", result="pred")
+        define(
+            f"setp.{name}{floats}", f"compare(a, b, [](auto x, auto y) {{ return x {sign} y; }}, false)", result="pred"
+        )
+        define(
+            f"setp.{name}u{floats}", f"compare(a, b, [](auto x, auto y) {{ return x {sign} y; }}, true)", result="pred"
+        )
     for name in ("eq", "ne"):
         define(f"setp.{name}.{{b16,b32,b64}}", f"a {signs[name]} b", result="pred")
     for name, sign in unsigned.items():
@@ -120,7 +128,10 @@ def floating_point() -> None:
     for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
         define(f"{name}{{.rn,}}{{.ftz,}}{{.sat,}}.f32", f"a {sign} b")
         define(f"{name}{{.rn,}}.f64", f"a {sign} b")
-        define(f"{name}{{.rn,}}{{.f16,.bf16,.f16x2,.bf16x2}}", f"lanes(a, b, [](double x, double y) {{ return x {sign} y; }})")
+        define(
+            f"{name}{{.rn,}}{{.f16,.bf16,.f16x2,.bf16x2}}",
+            f"lanes(a, b, [](double x, double y) {{ return x {sign} y; }})",
+        )
     define("fma.rn{.ftz,}{.sat,}.f32", "__builtin_fmaf(a, b, c)", "T T T")
     define("fma.rn.f64", "__builtin_fma(a, b, c)", "T T T")
     for way, name in {"rm": "FE_DOWNWARD", "rp": "FE_UPWARD", "rz": "FE_TOWARDZERO"}.items():
@@ -133,7 +144,9 @@ def floating_point() -> None:
         define(f"{name}{{.ftz,}}.f32", f"{what}(a, b)")
         define(f"{name}.f64", f"{what}(a, b)")
         define(f"{name}{{.ftz,}}.NaN.f32", f"a != a || b != b ? std::bit_cast<float>(0x7fffffffu) : {what}(a, b)")
-        define(f"{name}{{.f16,.bf16,.f16x2,.bf16x2}}", f"lanes(a, b, [](double x, double y) {{ return {what}(x, y); }})")
+        define(
+            f"{name}{{.f16,.bf16,.f16x2,.bf16x2}}", f"lanes(a, b, [](double x, double y) {{ return {what}(x, y); }})"
+        )
     define("neg{.ftz,}.f32", "-a", "T")
     define("abs{.ftz,}.f32", "std::fabs(a)", "T")
     define("neg.f64", "-a", "T")
@@ -143,17 +156,24 @@ def floating_point() -> None:
     define("copysign.{f32,f64}", "std::copysign(b, a)")
     # The approximations are given exactly: what a GPU may return lies within a few units in the last place.
     functions = {
-        "rcp": "1.0 / x", "sqrt": "std::sqrt(x)", "rsqrt": "1.0 / std::sqrt(x)", "sin": "std::sin(x)", "cos": "std::cos(x)",
-        "lg2": "std::log2(x)", "ex2": "std::exp2(x)", "tanh": "std::tanh(x)",
+        "rcp": "1.0 / x", "sqrt": "std::sqrt(x)", "rsqrt": "1.0 / std::sqrt(x)", "sin": "std::sin(x)",
+        "cos": "std::cos(x)", "lg2": "std::log2(x)", "ex2": "std::exp2(x)", "tanh": "std::tanh(x)",
     }  # fmt: skip
     for name, code in functions.items():
         define(f"{name}.approx{{.ftz,}}.f32", f"function(a, [](double x) {{ return {code}; }})", "T")
     for name in ("rcp", "sqrt"):
         define(f"{name}.rn{{.ftz,}}.f32", f"function(a, [](double x) {{ return {functions[name]}; }})", "T")
         define(f"{name}.rn.f64", f"function(a, [](double x) {{ return {functions[name]}; }})", "T")
-    define("rsqrt.approx.f64", "function(a, [](double x) { return 1.0 / std::sqrt(x); })", "T")
+    for name in ("rcp", "rsqrt"):  # a first guess, for the code around it to improve
+        define(
+            f"{name}.approx.ftz.f64", f"leading_bits(function(a, [](double x) {{ return {functions[name]}; }}))", "T"
+        )
     for name in ("ex2", "tanh"):
-        define(f"{name}.approx{{.f16,.bf16,.f16x2,.bf16x2}}", f"lanes(a, [](double x) {{ return {functions[name]}; }})", "T")
+        define(
+            f"{name}.approx{{.f16,.bf16,.f16x2,.bf16x2}}",
+            f"lanes(a, [](double x) {{ return {functions[name]}; }})",
+            "T",
+        )
     define("ex2.approx.ftz{.bf16,.bf16x2}", "lanes(a, [](double x) { return std::exp2(x); })", "T")
 
 

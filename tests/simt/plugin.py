@@ -1,4 +1,4 @@
-"""A pytest plugin for runs over the operators' CUDA kernels: every launch in each thread order, and how many there were.
+"""A pytest plugin for runs over the operators' CUDA kernels: runs every launch in each thread order, and counts them.
 
 Loaded by `python -m tests.simt operators`, which sets CONVDIT_LIBRARY_DIR. A finding fails the launch, and so its test.
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from .build import ROOT
 from .executor import Library
 
 ORDERS = os.environ.get("SIMT_ORDERS", "forward,reversed,1").split(",")
-# Each asks something of the CPU kernels that the CUDA kernels do not have.
-NOT_FOR_CUDA = ("test_every_cpu_level",)
+# These ask something of the CPU library.
+NOT_FOR_CUDA = ("test_every_cpu_level", "test_operator_has_a_cuda_kernel")
 
 
 def library() -> Library:
@@ -28,7 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [i for i in items if i.name.split("[")[0] in NOT_FOR_CUDA]
+    without_kernels = {
+        f"test_{room.name}.py"
+        for room in (ROOT / "csrc").iterdir()
+        if (room / "torch.cpp").exists() and not (room / "cuda.cu").exists()
+    }
+    left_out = [i for i in items if i.path.name in without_kernels or i.name.split("[")[0] in NOT_FOR_CUDA]
     items[:] = [i for i in items if i not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
@@ -36,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter) -> None:
     lib = library()
     findings = lib.findings()
-    terminalreporter.write_line(f"executor: {lib.launches} launches, each in {len(ORDERS)} thread orders; {len(findings)} findings")
+    terminalreporter.write_line(
+        f"executor: {lib.launches} launches, each in {len(ORDERS)} thread orders; {len(findings)} findings"
+    )
     for finding in findings[:20]:
         terminalreporter.write_line(f"  {finding.text}")

@@ -1,4 +1,4 @@
-"""Reads PTX, as nvcc writes it, into modules, kernels and statements. Knows the layout of the text, not the instructions."""
+"""Reads PTX, as nvcc writes it, into modules, kernels and statements. It knows the layout, not the instructions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Kernel:
 @dataclass
 class Module:
     kernels: list[Kernel] = field(default_factory=list)
-    memory: dict[str, Variable] = field(default_factory=dict)  # global and constant
+    memory: list[Variable] = field(default_factory=list)  # global and constant
     shared: list[Variable] = field(default_factory=list)
     dynamic_shared: list[Variable] = field(default_factory=list)
 
@@ -100,7 +100,7 @@ def variable(match: re.Match) -> Variable:
 
 
 def parse(text: str, relative=lambda path: path) -> Module:
-    """`relative` shortens the paths of source files."""
+    """`relative` shortens the paths of our own source files."""
     files = {int(n): relative(path) for n, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
     text = re.sub(r"^\s*\.(file|section)\b.*", "", text[: _end_of_code(text)], flags=re.M)
     text = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.S))
@@ -121,7 +121,7 @@ def parse(text: str, relative=lambda path: path) -> Module:
         if match["space"] == "shared":
             (module.dynamic_shared if v.count == 0 else module.shared).append(v)
         elif match["space"] in ("global", "const"):
-            module.memory[v.name] = v
+            module.memory.append(v)
     return module
 
 
@@ -140,6 +140,7 @@ def _closing_brace(text: str, position: int) -> int:
 
 def statements(body: str, files: dict[int, str]) -> list[Statement]:
     result: list[Statement] = []
+    places = _Places(files)
     location, i = Location(), 0
     while i < len(body):
         c = body[i]
@@ -150,7 +151,7 @@ def statements(body: str, files: dict[int, str]) -> list[Statement]:
             i += 1
         elif re.compile(r"\.loc\s").match(body, i):
             end = body.index("\n", i)
-            location = _location(body[i:end], files)
+            location = places.read(body[i:end])
             i = end
         elif label := re.compile(r"([$\w]+):").match(body, i):
             result.append(Statement("label", location, label[1]))
@@ -163,11 +164,26 @@ def statements(body: str, files: dict[int, str]) -> list[Statement]:
     return result
 
 
-def _location(text: str, files: dict[int, str]) -> Location:
-    file, line = text.split()[1:3]
-    inlined = re.search(r"inlined_at\s+(\d+)\s+(\d+)", text)
-    caller = (files.get(int(inlined[1]), "?"), int(inlined[2])) if inlined else ("", 0)
-    return Location(files.get(int(file), "?"), int(line), *caller)
+class _Places:
+    """Resolves .loc lines. A line that an inlined function is called from has had a .loc of its own, and so on up."""
+
+    def __init__(self, files: dict[int, str]):
+        self.files = files
+        self.callers: dict[tuple, tuple | None] = {}
+
+    def read(self, text: str) -> Location:
+        here = tuple(int(n) for n in text.split(",")[0].split()[1:4])
+        inlined = re.search(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)", text)
+        self.callers[here] = tuple(int(n) for n in inlined.groups()) if inlined else None
+        places: list[tuple] = []
+        at: tuple | None = here
+        while at and at not in places:
+            places.append(at)
+            at = self.callers.get(at)
+        lines = [(self.files.get(file, "?"), line) for file, line, _ in places]
+        # A line of the toolkit's headers, which keep absolute paths, says less than the line that calls it.
+        ours = [line for line in lines if not line[0].startswith("/")] or lines
+        return Location(*ours[0], *(ours[1] if len(ours) > 1 else ()))
 
 
 def _statement(text: str, location: Location) -> Statement | None:

@@ -1,8 +1,6 @@
-"""PTX to C++ that runs one CUDA thread as one call of a function: `translate(text)` gives the source and a table of its code.
+"""PTX to C++ that runs a CUDA thread as a call of a function. A register becomes a local variable, a label a label.
 
-A register becomes a local variable, a label a label. Instructions on values are in `instructions.py`; this file has memory,
-control flow and what threads do together, each a call into the runtime (runtime/simt.h). Such a call names its site: an index
-into the kernel's table of instructions and source lines, by which findings and counters are reported.
+What each instruction becomes is in `instructions.py` and `actions.py`; what is in neither is Unsupported.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 
-from .instructions import CPP, VALUES, expand
+from .actions import ACTIONS, registers
+from .instructions import CPP, VALUES
 from .ptx import SIZES, Kernel, Module, Statement, Unsupported, Variable, parse, split
 
 AXES = {"tid": "t.index", "ntid": "t.block->threads", "ctaid": "t.block->index", "nctaid": "t.block->grid"}
@@ -27,50 +26,38 @@ SPECIAL_REGISTERS = {f"%{n}.{axis}": f"{e}[{i}]" for n, e in AXES.items() for i,
     "%lanemask_gt": "~((2u << t.lane) - 1)",
     "%lanemask_ge": "~((1u << t.lane) - 1)",
 }
-MEMORY_TYPES = ",".join(t for t in SIZES if t not in ("pred", "f16", "bf16", "f16x2", "bf16x2"))
-Emit = Callable[["Writer", Statement], str]
-ACTIONS: dict[str, Emit] = {}
-
-
-def action(pattern: str) -> Callable[[Emit], Emit]:
-    def register(function: Emit) -> Emit:
-        ACTIONS.update(dict.fromkeys(expand(pattern), function))
-        return function
-
-    return register
 
 
 class Writer:
     """Writes one kernel."""
 
     def __init__(self, kernel: Kernel, module: Module):
-        self.kernel, self.module = kernel, module
+        self.kernel = kernel
         self.scopes: list[dict[str, str]] = [{}]  # types of registers
         self.symbols: dict[str, str] = {}  # names of memory: the C++ of their address
         self.sites: list[Statement] = []
         self.blocks: list[Counter] = []  # instructions of each basic block
         self.labels: set[str] = set()
         self.declarations: list[str] = []
-        self.parameters, self.parameter_bytes = self._lay_out_parameters()
+        self.parameters: list[tuple[int, int]] = []  # offset and bytes
+        self.parameter_bytes = 0
         self.shared_bytes = 0
+        for v in kernel.parameters:
+            begin = _aligned(self.parameter_bytes, v.align)
+            self.parameters.append((begin, v.bytes))
+            self.symbols[v.name] = f"(uint64_t(t.block->parameters) + {begin})"
+            self.parameter_bytes = begin + v.bytes
         for v in module.shared:
             self._shared(v)
-
-    def _lay_out_parameters(self) -> tuple[list[tuple[int, int]], int]:
-        layout, end = [], 0
-        for v in self.kernel.parameters:
-            begin = (end + v.align - 1) // v.align * v.align
-            end = begin + v.bytes
-            layout.append((begin, v.bytes))
-            self.symbols[v.name] = f"(uint64_t(t.block->parameters) + {begin})"
-        return layout, end
+        self.symbols |= {v.name: "kDynamicShared" for v in module.dynamic_shared}
+        self.symbols |= {v.name: f"uint64_t({memory_name(v)})" for v in module.memory}
 
     def _shared(self, v: Variable) -> None:
-        begin = (self.shared_bytes + v.align - 1) // v.align * v.align
+        begin = _aligned(self.shared_bytes, v.align)
         self.symbols[v.name] = str(begin)
         self.shared_bytes = begin + v.bytes
 
-    # ---- operands ------------------------------------------------------------------------------------------------
+    # ---- operands ----------------------------------------------------------------------------------------------
     def register_type(self, name: str) -> str | None:
         return next((scope[name] for scope in reversed(self.scopes) if name in scope), None)
 
@@ -93,10 +80,10 @@ class Writer:
             return f"as<{cpp}>({bits}(0x{match[1]}ull))"
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
             value = int(operand.rstrip("U"), 0) & (2 ** (8 * SIZES[type_]) - 1)
-            return f"{cpp}({value}ull)" if type_[0] in "usbp" and type_ != "bf16" else f"as<{cpp}>({CPP[f'u{8 * SIZES[type_]}']}({value}ull))"
-        if match := re.fullmatch(r"([\w$]+)(?:\+(\d+))?", operand):
-            if match[1] in self.symbols:
-                return f"{cpp}({self.symbols[match[1]]} + {match[2] or 0})"
+            return f"as<{cpp}>({CPP[f'u{8 * SIZES[type_]}']}({value}ull))"
+        match = re.fullmatch(r"([\w$]+)(?:\+(\d+))?", operand)
+        if match and match[1] in self.symbols:
+            return f"{cpp}({self.symbols[match[1]]} + {match[2] or 0})"
         raise Unsupported(f"operand {operand}")
 
     def address(self, operand: str) -> str:
@@ -122,13 +109,8 @@ class Writer:
         self.sites.append(statement)
         return len(self.sites) - 1
 
-    # ---- statements ----------------------------------------------------------------------------------------------
-    def write(self) -> tuple[list[str], list[str]]:
-        """(declarations, statements)"""
-        for v in self.module.dynamic_shared:
-            self.symbols[v.name] = "kDynamicShared"
-        for v in self.module.memory.values():
-            self.symbols[v.name] = f"uint64_t({memory_name(v)})"
+    # ---- statements --------------------------------------------------------------------------------------------
+    def write(self) -> list[str]:
         lines, new_block = [], True
         for s in self.kernel.statements:
             if s.kind == "open":
@@ -158,7 +140,7 @@ class Writer:
                 new_block = s.opcode.split(".")[0] in ("bra", "ret", "exit")
             else:
                 raise Unsupported(f"{self.kernel.name}, {s.location}: {s.text}")
-        return self.declarations, lines
+        return [*self.declarations, *lines]
 
     def _declare(self, s: Statement) -> str:
         names = []
@@ -166,254 +148,119 @@ class Writer:
             many = re.fullmatch(r"(%?[\w$]+)<(\d+)>", r)
             names += [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [r]
         self.scopes[-1].update(dict.fromkeys(names, s.opcode))
+        # A jump may pass a declaration in an inner scope, but not one with a value.
         zero = "{}" if len(self.scopes) == 1 else ""
         return f"{CPP[s.opcode]} " + ", ".join(self.mangle(n) + zero for n in names) + ";"
 
     def _instruction(self, s: Statement) -> str:
+        where = f"{self.kernel.name}, {s.location}: {s.text}"
+        if s.opcode not in VALUES and s.opcode not in ACTIONS:
+            raise Unsupported(where)
         try:
             code = self._value(s) if s.opcode in VALUES else ACTIONS[s.opcode](self, s)
-        except KeyError:
-            raise Unsupported(f"{self.kernel.name}, {s.location}: {s.text}") from None
         except Unsupported as error:
-            raise Unsupported(f"{self.kernel.name}, {s.location}: {s.text}: {error}") from None
+            raise Unsupported(f"{where}: {error}") from None
         condition = f"if ({self.source(s.guard, 'pred')}) " if s.guard else ""
         return f"{condition}{{ {code} }}"
 
     def _value(self, s: Statement) -> str:
-        v = VALUES[s.opcode]
         if s.operands[0].startswith("{") or s.operands[-1].startswith("{"):
             return self._pack(s)
+        v = VALUES[s.opcode]
         results, *sources = s.operands
         if len(sources) != len(v.sources):
             raise Unsupported(f"{len(sources)} operands")
         names = {x: f"({self.source(o, t)})" for x, o, t in zip("abcd", sources, v.sources, strict=False)}
-        code = re.sub(r"\b[abcd]\b(?!\()", lambda m: names.get(m[0], m[0]), v.code)
+        code = re.sub(r"\b[abcd]\b", lambda m: names[m[0]], v.code)
         first, _, negated = results.partition("|")
         if negated:  # setp with two results
-            return f"const bool x = {code}; {self.assign(first, v.result, 'x')} {self.assign(negated, v.result, '!x')}"
+            return f"const bool x = {code}; {self.assign(first, 'pred', 'x')} {self.assign(negated, 'pred', '!x')}"
         return self.assign(first, v.result, code)
 
     def _pack(self, s: Statement) -> str:
         """mov between a register and the registers of its parts."""
         result, source = s.operands
-        bits = 8 * SIZES[s.opcode.split(".")[1]]
         parts = registers(result if result.startswith("{") else source)
-        part = f"b{bits // len(parts)}"
+        bits = 8 * SIZES[s.opcode.split(".")[1]]
+        step = bits // len(parts)
+        whole, part = f"b{bits}", f"b{step}"
         if result.startswith("{"):
-            assigned = [self.assign(r, part, f"{CPP[part]}(x >> {i * bits // len(parts)})") for i, r in enumerate(parts)]
-            return f"const {CPP[f'b{bits}']} x = {self.source(source, f'b{bits}')}; " + " ".join(assigned)
-        wide = CPP[f"b{bits}"]
-        value = " | ".join(f"{wide}({wide}({self.source(r, part)}) << {i * bits // len(parts)})" for i, r in enumerate(parts))
-        return self.assign(result, f"b{bits}", value)
+            values = [f"{CPP[part]}(x >> {i * step})" for i in range(len(parts))]
+            assigned = " ".join(self.assign(r, part, v) for r, v in zip(parts, values, strict=True))
+            return f"const {CPP[whole]} x = {self.source(source, whole)}; {assigned}"
+        shifted = [f"({CPP[whole]}({self.source(r, part)}) << {i * step})" for i, r in enumerate(parts)]
+        return self.assign(result, whole, f"{CPP[whole]}({' | '.join(shifted)})")
 
 
-def registers(operand: str) -> list[str]:
-    return split(operand.strip("{} "))
+def _aligned(offset: int, align: int) -> int:
+    return (offset + align - 1) // align * align
 
 
+# ---- a whole module ---------------------------------------------------------------------------------------------
 def memory_name(v: Variable) -> str:
     return "memory_" + v.name.replace("$", "_")
 
 
-def space_of(opcode: str) -> str:
-    spaces = {"global": "kGlobal", "shared": "kShared", "local": "kLocal", "const": "kGlobal"}
-    return next((spaces[m] for m in opcode.split(".") if m in spaces), "kGeneric")
+def memory_type(v: Variable) -> str:
+    return f"{CPP[v.type]} {memory_name(v)}[{max(v.count, 1)}]"
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
-@action(f"ld{{.volatile,}}{{.global,.shared,.local,.const,}}{{.nc,.ca,.cg,.cs,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
-def _(w: Writer, s: Statement) -> str:
-    type_ = s.opcode.split(".")[-1]
-    n = len(registers(s.operands[0]))
-    load = f"load(t, {w.site(s)}, {space_of(s.opcode)}, {w.address(s.operands[1])}, x);"
-    return f"{CPP[type_]} x[{n}]; {load} {w.assign_all(s.operands[0], type_)}"
-
-
-@action(f"ld.param{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
-def _(w: Writer, s: Statement) -> str:
-    type_ = s.opcode.split(".")[-1]
-    n = len(registers(s.operands[0]))
-    copy = f"memcpy(x, (const void*)({w.address(s.operands[1])}), sizeof x);"
-    return f"{CPP[type_]} x[{n}]; {copy} {w.assign_all(s.operands[0], type_)}"
-
-
-@action(f"st{{.volatile,}}{{.global,.shared,.local,}}{{.cg,.cs,.wb,.wt,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
-def _(w: Writer, s: Statement) -> str:
-    type_ = s.opcode.split(".")[-1]
-    values = ", ".join(w.source(r, type_) for r in registers(s.operands[1]))
-    return (
-        f"const {CPP[type_]} x[] = {{{values}}}; store(t, {w.site(s)}, {space_of(s.opcode)}, {w.address(s.operands[0])}, x);"
-    )
-
-
-# Integers alone: the kernels add floating-point numbers in a fixed order, so an atomic on those is Unsupported.
-ATOMICS = {
-    "add": "old + v", "min": "v < old ? v : old", "max": "v > old ? v : old", "exch": "v", "and": "old & v", "or": "old | v",
-    "xor": "old ^ v", "cas": "old == v ? w : old",
-}  # fmt: skip
-
-
-@action("{atom,red}{.global,.shared,}{.add,.min,.max}.{u32,s32,u64,s64}")
-@action("{atom,red}{.global,.shared,}{.and,.or,.xor}.{b32,b64}")
-@action("atom{.global,.shared,}{.exch,.cas}.{b32,b64}")
-def _(w: Writer, s: Statement) -> str:
-    name, operation, type_ = (s.opcode.split(".")[i] for i in (0, -2, -1))
-    address, *values = s.operands[1:] if name == "atom" else s.operands
-    captured = f"v = {w.source(values[0], type_)}" + (f", w = {w.source(values[1], type_)}" if len(values) > 1 else "")
-    change = f"[{captured}]({CPP[type_]} old) {{ return {CPP[type_]}({ATOMICS[operation]}); }}"
-    code = f"atomic<{CPP[type_]}>(t, {w.site(s)}, {space_of(s.opcode)}, {w.address(address)}, {change})"
-    return w.assign(s.operands[0], type_, code) if name == "atom" else code + ";"
-
-
-@action("cp.async.{ca,cg}.shared{::cta,}.global{.L2::64B,.L2::128B,.L2::256B,}")
-def _(w: Writer, s: Statement) -> str:
-    to, source, size, *given = s.operands
-    bytes_ = w.source(given[0], "u32") if given else size
-    return f"copy_async(t, {w.site(s)}, {w.address(to)}, {w.address(source)}, {size}, {bytes_});"
-
-
-@action("cp.async.commit_group")
-def _(w: Writer, s: Statement) -> str:
-    return "copy_commit(t);"
-
-
-@action("cp.async.{wait_group,wait_all}")
-def _(w: Writer, s: Statement) -> str:
-    return f"copy_wait(t, {w.source(s.operands[0], 'u32')});" if s.operands else "copy_commit(t); copy_wait(t, 0);"
-
-
-# ---- control flow -------------------------------------------------------------------------------------------------
-@action("bra{.uni,}")
-def _(w: Writer, s: Statement) -> str:
-    backwards = "spend_fuel(t); " if s.operands[0] in w.labels else ""
-    return f"{backwards}goto {w.mangle(s.operands[0])};"
-
-
-@action("{ret,exit}")
-def _(w: Writer, s: Statement) -> str:
-    return "return;"
-
-
-@action("trap")
-def _(w: Writer, s: Statement) -> str:
-    return f"trap(t, {w.site(s)});"
-
-
-# ---- threads together ---------------------------------------------------------------------------------------------
-@action("{bar.sync,barrier.sync,barrier.sync.aligned}")
-def _(w: Writer, s: Statement) -> str:
-    count = w.source(s.operands[1], "u32") if len(s.operands) > 1 else "0"
-    return f"sync_block(t, {w.site(s)}, {w.source(s.operands[0], 'u32')}, {count});"
-
-
-@action("bar.warp.sync")
-def _(w: Writer, s: Statement) -> str:
-    return f"sync_warp(t, {w.site(s)}, {w.source(s.operands[0], 'u32')});"
-
-
-@action("membar.{cta,gl,sys}")
-@action("fence{.acq_rel,.sc}{.cta,.gpu,.sys}")
-def _(w: Writer, s: Statement) -> str:
-    return "fence(t);"
-
-
-@action("activemask.b32")
-def _(w: Writer, s: Statement) -> str:
-    return w.assign(s.operands[0], "b32", f"active_mask(t, {w.site(s)})")
-
-
-@action("shfl.sync.{idx,up,down,bfly}.b32")
-def _(w: Writer, s: Statement) -> str:
-    result, _, valid = s.operands[0].partition("|")
-    arguments = ", ".join(w.source(o, "b32") for o in s.operands[1:5])
-    code = f"bool valid; const uint32_t x = shuffle<Shuffle::{s.opcode.split('.')[2]}>(t, {w.site(s)}, {arguments}, valid);"
-    return f"{code} {w.assign(result, 'b32', 'x')} {w.assign(valid, 'pred', 'valid') if valid else ''}"
-
-
-@action("vote.sync.{ballot.b32,any.pred,all.pred}")
-def _(w: Writer, s: Statement) -> str:
-    type_ = s.opcode.split(".")[-1]
-    ballot = f"ballot(t, {w.site(s)}, {w.source(s.operands[1], 'pred')}, mask)"
-    test = {"ballot": ballot, "any": f"{ballot} != 0", "all": f"{ballot} == mask"}[s.opcode.split(".")[2]]
-    return f"const uint32_t mask = {w.source(s.operands[2], 'b32')}; {w.assign(s.operands[0], type_, test)}"
-
-
-@action("redux.sync.{add,min,max}.{u32,s32}")
-@action("redux.sync.{and,or,xor}.b32")
-def _(w: Writer, s: Statement) -> str:
-    operation, type_ = s.opcode.split(".")[2:]
-    function = f"[]({CPP[type_]} old, {CPP[type_]} v) {{ return {CPP[type_]}({ATOMICS[operation]}); }}"
-    value, mask = w.source(s.operands[1], type_), w.source(s.operands[2], "b32")
-    return w.assign(s.operands[0], type_, f"reduce<{CPP[type_]}>(t, {w.site(s)}, {value}, {mask}, {function})")
-
-
-@action("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{.trans,}.shared{::cta,}.b16")
-def _(w: Writer, s: Statement) -> str:
-    n = len(registers(s.operands[0]))
-    transposed = "true" if ".trans" in s.opcode else "false"
-    load = f"load_matrix<{n}, {transposed}>(t, {w.site(s)}, {w.address(s.operands[1])}, x);"
-    return f"uint32_t x[{n}]; {load} {w.assign_all(s.operands[0], 'b32')}"
-
-
-@action("movmatrix.sync.aligned.m8n8.trans.b16")
-def _(w: Writer, s: Statement) -> str:
-    return w.assign(s.operands[0], "b32", f"transpose_matrix(t, {w.site(s)}, {w.source(s.operands[1], 'b32')})")
-
-
-@action("mma.sync.aligned.{m16n8k16,m16n8k8}.row.col.f32.{bf16.bf16,f16.f16}.f32")
-def _(w: Writer, s: Statement) -> str:
-    half, depth = s.opcode.split(".")[7], 16 if "k16" in s.opcode else 8
-    a, b, c = ("{" + ", ".join(w.source(r, t) for r in registers(o)) + "}" for o, t in zip(s.operands[1:], ("b32", "b32", "f32")))
-    code = f"const uint32_t a[] = {a}, b[] = {b}; float c[] = {c}; multiply_matrices<{half}, {depth}>(t, {w.site(s)}, a, b, c);"
-    return f"{code} {w.assign_all(s.operands[0], 'f32', 'c')}"
-
-
-# ---- a whole module -----------------------------------------------------------------------------------------------
-def constant(v: Variable) -> str:
-    values = v.initial.strip("{} \n")
-    numbers = [struct.unpack(">f", bytes.fromhex(n[2:]))[0] if n[:2] in ("0f", "0F") else n for n in split(values)] if values else []
-    cpp = CPP[v.type]
-    return f"alignas({v.align}) {cpp} {memory_name(v)}[{max(v.count, 1)}] = {{{', '.join(f'{cpp}({n})' for n in numbers)}}};"
+def define_memory(v: Variable) -> list[str]:
+    """A __constant__ or __device__ variable, and its entry in the executor's list of memory."""
+    values = [
+        struct.unpack(">f", bytes.fromhex(n[2:]))[0] if n[:2] == "0f" else n for n in split(v.initial.strip("{} \n"))
+    ]
+    initial = ", ".join(f"{CPP[v.type]}({n})" for n in values)
+    name = memory_name(v)
+    return [
+        f"alignas({v.align}) {memory_type(v)} = {{{initial}}};",
+        f"static const Memory m_{name}({quoted(v.name)}, {name}, sizeof {name});",
+    ]
 
 
 def quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def translate(text: str, relative: Callable[[str], str] = lambda path: path, parts: int = 1) -> tuple[list[str], dict]:
-    """C++ sources (the kernels dealt out to `parts` files), and for each kernel its sites and the instructions of each block."""
+def define_kernel(kernel: Kernel, module: Module, i: int) -> tuple[list[str], dict]:
+    """Its function, its entry in the executor's list, and its row of the table that `translate` returns."""
+    w = Writer(kernel, module)
+    lines = w.write()
+    shared = _aligned(w.shared_bytes, 16)
+    sites = [
+        f"{{{quoted(s.text)}, {quoted(s.location.file)}, {s.location.line}, "
+        f"{quoted(s.location.caller_file)}, {s.location.caller_line}}}"
+        for s in w.sites
+    ]
+    parameters = ", ".join(f"{{{begin}, {size}}}" for begin, size in w.parameters)
+    source = [
+        f"static void kernel_{i}(Thread& t) {{",
+        f"constexpr uint64_t kDynamicShared = {shared};",
+        *lines,
+        "}",
+        f"static const Site sites_{i}[] = {{{', '.join(sites) or '{}'}}};",
+        f"static const Parameter parameters_{i}[] = {{{parameters or '{}'}}};",
+        f"static const Kernel k_{i}({quoted(kernel.name)}, kernel_{i}, sites_{i}, {len(sites)}, {len(w.blocks)},",
+        f"  {shared}, parameters_{i}, {len(w.parameters)}, {w.parameter_bytes});",
+    ]
+    row = {
+        "sites": [{"text": s.text, **asdict(s.location)} for s in w.sites],
+        "blocks": [dict(b) for b in w.blocks],
+    }
+    return source, row
+
+
+def translate(
+    text: str, relative: Callable[[str], str] = lambda path: path, parts: int = 1
+) -> tuple[list[str], dict[str, dict]]:
+    """The C++ of a module, its kernels dealt out to `parts` sources; and of each kernel the sites, and the instructions
+    of each basic block. `relative` shortens the paths of our own source files."""
     module = parse(text, relative)
     head = ['#include "arithmetic.h"', '#include "simt.h"', "using namespace simt;"]
-    sources = [list(head) for _ in range(parts)]
+    sources = [[*head, *(f"extern {memory_type(v)};" for v in module.memory)] for _ in range(parts)]
+    sources[0] += [line for v in module.memory for line in define_memory(v)]
     table = {}
-    for v in module.memory.values():
-        for part in sources[1:]:
-            part.append(f"extern {CPP[v.type]} {memory_name(v)}[{max(v.count, 1)}];")
-        sources[0].append(constant(v))
-        sources[0].append(f"static const Memory m_{memory_name(v)}({quoted(v.name)}, {memory_name(v)}, sizeof {memory_name(v)});")
-    sizes = [0] * parts
     for i, kernel in enumerate(module.kernels):
-        writer = Writer(kernel, module)
-        declarations, lines = writer.write()
-        part = sizes.index(min(sizes))
-        sizes[part] += len(lines)
-        shared = (writer.shared_bytes + 15) // 16 * 16
-        out = sources[part]
-        out += [f"static void kernel_{i}(Thread& t) {{", f"constexpr uint64_t kDynamicShared = {shared};", *declarations, *lines, "}"]
-        sites = [
-            f"{{{quoted(s.text)}, {quoted(s.location.file)}, {s.location.line}, "
-            f"{quoted(s.location.caller_file)}, {s.location.caller_line}}}"
-            for s in writer.sites
-        ]
-        out.append(f"static const Site sites_{i}[] = {{{', '.join(sites) or '{}'}}};")
-        parameters = ", ".join(f"{{{begin}, {size}}}" for begin, size in writer.parameters)
-        out.append(f"static const Parameter parameters_{i}[] = {{{parameters or '{}'}}};")
-        out.append(
-            f"static const Kernel k_{i}({quoted(kernel.name)}, kernel_{i}, sites_{i}, {len(sites)}, {len(writer.blocks)}, {shared}, "
-            f"parameters_{i}, {len(writer.parameters)}, {writer.parameter_bytes});"
-        )
-        table[kernel.name] = {
-            "sites": [{"text": s.text, **asdict(s.location)} for s in writer.sites],
-            "blocks": [dict(b) for b in writer.blocks],
-        }
+        lines, table[kernel.name] = define_kernel(kernel, module, i)
+        min(sources, key=len).extend(lines)
     return ["\n".join(lines) + "\n" for lines in sources], table

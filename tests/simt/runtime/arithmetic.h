@@ -91,6 +91,9 @@ inline float saturate(float x) { return x > 0 ? (x < 1 ? x : 1.f) : 0.f; }  // N
 template <class X, class F>
 inline X function(X x, F f) { return static_cast<X>(f(static_cast<double>(x))); }
 
+// The upper half of a double.
+inline double leading_bits(double x) { return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & 0xffffffff00000000); }
+
 template <class X, class F>
 inline bool compare(X a, X b, F f, bool if_unordered) {
   const double x = widen(a), y = widen(b);

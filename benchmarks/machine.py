@@ -1,0 +1,89 @@
+"""What the machine can do, measured: multiply-adds, matrix products, copies; and what it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+KIB = 1024
+FOOTPRINTS = (128 * KIB, 512 * KIB, 2048 * KIB, 8192 * KIB, 256 * 1024 * KIB)  # source and target of a copy together
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates a second, by all threads together: operations (a multiply-add is two) and bytes."""
+
+    fma: float
+    matrix: dict[str, float]  # by dtype
+    copy: dict[int, float] = field(default_factory=dict)  # by footprint in bytes
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """The better of the dtype's own rate and float32's, which a kernel may convert to."""
+        own = self.matrix.get(str(dtype).removeprefix("torch."), 0)
+        return max(own, self.matrix["float32"])
+
+    def copy_rate(self, footprint: float) -> float:
+        """Of the smallest measured copy that touches as much memory: what fits a cache is held to the cache's rate."""
+        return self.copy[min((f for f in self.copy if f >= footprint), default=max(self.copy))]
+
+
+def measure_machine() -> Machine:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    matrix = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
+        matrix[str(dtype).removeprefix("torch.")] = 2 * 768**3 / best(lambda a=a, b=b: torch.mm(a, b), clock)
+    copy = {}
+    for footprint in FOOTPRINTS:
+        source, target = torch.ones(footprint // 8), torch.empty(footprint // 8)
+        copy[footprint] = footprint / best(lambda s=source, t=target: t.copy_(s), clock)
+    return Machine(multiply_adds(clock), matrix, copy)
+
+
+def multiply_adds(clock: Callable[[], float], count: int = 4_000_000) -> float:
+    """Operations a second of multiply-adds in registers; a matrix product reaches less, and stands in on CUDA."""
+    if torch.get_default_device().type == "cuda":
+        a = torch.randn(4096, 4096)
+        return 2 * 4096**3 / best(lambda: (torch.mm(a, a), torch.cuda.synchronize()), clock)
+    tasks = torch.zeros(torch.get_num_threads())
+    return 2 * count * len(tasks) / best(lambda: torch.ops.convdit.fma_probe(tasks, count), clock)
+
+
+def best(function: Callable[[], object], clock: Callable[[], float], seconds: float = 0.3) -> float:
+    """The shortest time of one call; short calls are timed in groups."""
+
+    def once(repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            function()
+        return (clock() - start) / repeats
+
+    function()
+    repeats = max(1, int(0.004 / max(once(1), 1e-6)))
+    shortest, end = once(repeats), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        shortest = min(shortest, once(repeats))
+    return shortest
+
+
+def describe() -> dict[str, object]:
+    """The CPU's name, cores and caches as Linux tells them; the GPU's name where there is one."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        caches[f"L{level} {kind.lower()}"] = size
+    return {
+        "cpu": found.group(1).strip() if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "caches": caches,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
