@@ -11,13 +11,9 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
-<<<<<<< HEAD
 	@echo "make test-avx512  test the code for AVX-512 on a CPU without it"
 	@echo "make simt      run the CUDA kernels without a GPU, every access checked; needs nvcc, not a GPU"
-	@echo "make bench     time the operators against PyTorch"
-=======
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
->>>>>>> bench
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
 
