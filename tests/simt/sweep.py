@@ -33,7 +33,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     chosen = ctypes.c_int.in_dll(library.c, "memory_simt_mutant")
     _, mutants = mutated_tree(os.environ["SIMT_ROOM"])
     print()
-    items = quick_tests(session)
+    items, failing = quick_tests(session)
     survivors: list[Mutant] = []
     for mutant in mutants:
         chosen.value = mutant.number
@@ -56,17 +56,20 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     caught = len(mutants) - len(survivors)
     counts = f"{caught} of {len(mutants)} caught, {explained} equivalent, {len(unexplained)} survive"
     print(f"mutants of {os.environ['SIMT_ROOM']}: {counts}")
-    session.testsfailed = len(unexplained)
+    session.testsfailed = len(unexplained) + failing
     return True
 
 
-def quick_tests(session: pytest.Session) -> list[pytest.Item]:
-    times = {}
+def quick_tests(session: pytest.Session) -> tuple[list[pytest.Item], int]:
+    """The tests for the mutants, quickest first, and how many fail without a mutant."""
+    times, failing = {}, 0
     for item in session.items:
         begin = time.perf_counter()
-        if not passes(item):
-            raise session.Failed(f"{item.name} fails over the unbroken kernels")
-        times[item] = time.perf_counter() - begin
+        if passes(item):
+            times[item] = time.perf_counter() - begin
+        else:
+            failing += 1
+            print(f"FAILS    {item.name}, over the unbroken kernels")
     quick = sorted((i for i in times if times[i] <= QUICK), key=times.__getitem__)
-    print(f"{len(quick)} of {len(times)} tests, {sum(times[i] for i in quick):.1f} s a mutant that survives")
-    return quick
+    print(f"{len(quick)} of {len(session.items)} tests, {sum(times[i] for i in quick):.1f} s a mutant that survives")
+    return quick, failing
