@@ -13,7 +13,7 @@ help:
 	@echo "make test      build with everything the tests need, run the tests"
 	@echo "make test-avx512  test the code for AVX-512 on a CPU without it"
 	@echo "make simt      run the CUDA kernels without a GPU, every access checked; needs nvcc, not a GPU"
-	@echo "make bench     time the operators against PyTorch"
+	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
 
@@ -52,7 +52,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt operators --arch compute_90 -q tests/ops -k "equals_reference or error_rule"
 
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks
+	$(BIN)/convdit bench --out benchmarks/results
 
 lint: $(BIN)/python
 	@$(BIN)/python -m pip install -q ruff

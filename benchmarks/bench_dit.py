@@ -24,11 +24,11 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def pair(
-    b: int, t: int, d: int, heads: int
+    b: int, t: int, d: int, heads: int, autotune: bool = False
 ) -> tuple[DiTBlock, dict[str, nn.Module], dict[str, Callable], list[Tensor]]:
     """Our block; each rival, and how to call it; x and the condition."""
     ours = rivals.randomise(DiTBlock(d, heads))
-    modules = rivals.eager_and_compiled("DiT", rivals.DiTBlock(ours, heads))
+    modules = rivals.eager_and_compiled("DiT", rivals.DiTBlock(ours, heads), autotune)
     modules |= rivals.eager_and_compiled("diffusers", rivals.diffusers_dit_block(ours, heads))
     calls = {k: (lambda x, c, m=m: m(x, timestep=c)) if k.startswith("diffusers") else m for k, m in modules.items()}
     return ours, modules, calls, [torch.randn(b, t, d), torch.randn(b, d)]
@@ -40,7 +40,7 @@ def cost(b: int, t: int, d: int) -> dict[str, float]:
 
 
 def forward(b: int, t: int, d: int, heads: int) -> Work:
-    ours, _, calls, inputs = pair(b, t, d, heads)
+    ours, _, calls, inputs = pair(b, t, d, heads, autotune=True)
     functions = {k: without_grad(f, *inputs) for k, f in calls.items()}
     return Work(without_grad(ours, *inputs), functions, **cost(b, t, d))
 

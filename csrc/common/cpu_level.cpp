@@ -38,6 +38,21 @@ CpuLevel cpu_level() {
   return level;
 }
 
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+bool multiplies_f16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512fp16");
+#else
+  return true;
+#endif
+}
+
 const char* cpu_level_name(CpuLevel level) {
   switch (level) {
     case CpuLevel::avx512: return "avx512";

@@ -10,6 +10,11 @@ enum class CpuLevel : int { baseline, avx2, avx512 };
 CpuLevel cpu_level();
 const char* cpu_level_name(CpuLevel level);
 
+// Whether this machine has instructions for products of halves; without them PyTorch's matrix products of halves are many times
+// slower than those of float32. On other machines than x86: not known to be otherwise.
+bool multiplies_bf16();
+bool multiplies_f16();
+
 }  // namespace convdit
 
 // Declares one table a level and `Type const& name_table()`, which picks.

@@ -1,4 +1,4 @@
-// The sm_80 instructions for matrix products of bf16 and f16: asynchronous copies into shared memory, ldmatrix, mma.
+// The sm_80 instructions for matrix products of bf16 and f16: ldmatrix, mma.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -6,27 +6,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/copy.cuh"
 #include "common/types.h"
 
 namespace convdit::cuda {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// Starts a copy of kBytes (8 or 16, both ends aligned) to shared memory; writes zeros, and reads nothing, where !valid.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  static_assert(kBytes == 8 || kBytes == 16);
-  const int bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == 16)  // .cg: past L1, where a tile is not read twice
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
-}
-// The copies started since the last commit are one group. A wait is for the calling thread's own copies: a barrier must
-// follow before other threads read what they brought.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 
 // Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l / 8. The lane then holds, of each
 // matrix, elements 2 (l % 4) and the next one of row l / 4; transposed: rows 2 (l % 4) and the next one of column l / 4.
