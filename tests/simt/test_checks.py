@@ -151,11 +151,12 @@ def test_a_finding_in_an_inlined_function_names_its_caller(library):
 
 
 def test_an_allowed_finding_is_counted_and_not_reported(library):
-    line = marked_line("UNINITIALISED READ", "reads_unwritten_global")
-    before = library.c.simt_allowed()
-    library.c.simt_allow(b"UNINITIALISED READ", b"tests/simt/checks.cu", line)
+    before = library.allowed
+    with pytest.raises(LookupError, match="has no line with 'no such code'"):
+        library.allow("UNINITIALISED READ", "tests/simt/checks.cu", "no such code")
+    library.allow("UNINITIALISED READ", "tests/simt/checks.cu", "y[threadIdx.x] = x[threadIdx.x];  // bad")
     assert library.launch("reads_unwritten_global", 1, 32, unwritten(library), floats(library)) == []
-    assert library.c.simt_allowed() - before == 32
+    assert library.allowed - before == 32
     assert library.launch("reads_unwritten_shared", 1, 64, floats(library)) != []
 
 
