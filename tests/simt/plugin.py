@@ -38,8 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for room in (ROOT / "csrc").iterdir()
         if (room / "torch.cpp").exists() and not (room / "cuda.cu").exists()
     }
-    left_out = [i for i in items if i.path.name in without_kernels or i.name.split("[")[0] in NOT_FOR_CUDA]
-    items[:] = [i for i in items if i not in left_out]
+    wanted = [i for i in items if i.path.name not in without_kernels and i.name.split("[")[0] not in NOT_FOR_CUDA]
+    share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
+    mine = set(wanted[share::shares])
+    left_out = [i for i in items if i not in mine]
+    items[:] = [i for i in items if i in mine]
     config.hook.pytest_deselected(items=left_out)
 
 
