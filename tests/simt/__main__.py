@@ -1,6 +1,7 @@
 """python -m tests.simt COMMAND
 
-operators [--arch compute_90] [pytest's arguments ...]: the tests of the operators, over their CUDA kernels
+operators [--arch compute_90] [pytest's arguments ...]: the tests of the operators, over their CUDA kernels; in as
+    many processes as MAX_JOBS says
 mutants [room ...]: the same over kernels broken on purpose
 budget [--update]: what the kernels move and need, against budget.json
 """
@@ -10,24 +11,34 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 from . import build, mutants
 
 QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves"
 
 
-def python(folder: Path, *arguments: str, **environment: str) -> int:
-    """Run a module in a process that loads the operators from `folder`."""
+def start(folder: Path, *arguments: str, output: IO | None = None, **environment: str) -> subprocess.Popen:
+    """Start a module in a process that loads the operators from `folder`."""
     environment = dict(os.environ, CONVDIT_LIBRARY_DIR=str(folder), PYTHONPATH=str(build.ROOT), **environment)
-    return subprocess.run([sys.executable, "-m", *arguments], env=environment).returncode
+    return subprocess.Popen([sys.executable, "-m", *arguments], env=environment, stdout=output, stderr=output)
 
 
 def operators(arguments: list[str]) -> int:
     architecture = "compute_80"
     if arguments[:1] == ["--arch"]:
         architecture, arguments = arguments[1], arguments[2:]
-    return python(build.operators(architecture), "pytest", "-p", "tests.simt.plugin", *arguments)
+    folder, shares = build.operators(architecture), int(os.environ.get("MAX_JOBS") or 1)
+    command = ["pytest", "-p", "tests.simt.plugin", *arguments]
+    outputs = [None, *(tempfile.TemporaryFile("w+") for _ in range(1, shares))]  # the first share's is seen at once
+    processes = [start(folder, *command, output=o, SIMT_SHARE=f"{k}/{shares}") for k, o in enumerate(outputs)]
+    failed = any([p.wait() for p in processes])
+    for output in outputs[1:]:
+        output.seek(0)
+        print(output.read())
+    return failed
 
 
 def sweep(rooms: list[str]) -> int:
@@ -35,16 +46,13 @@ def sweep(rooms: list[str]) -> int:
     failed = 0
     for room in rooms:
         csrc, _ = mutants.mutated_tree(room)
-        tests = ["-q", "-s", f"tests/ops/test_{room}.py", "-k", QUICK_TESTS]
-        failed += (
-            python(build.operators(csrc=csrc, only=room), "pytest", "-p", "tests.simt.sweep", *tests, SIMT_ROOM=room)
-            != 0
-        )
+        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", f"tests/ops/test_{room}.py", "-k", QUICK_TESTS]
+        failed += start(build.operators(csrc=csrc, only=room), *tests, SIMT_ROOM=room).wait() != 0
     return failed
 
 
 def budget(arguments: list[str]) -> int:
-    return python(build.operators(), "tests.simt.budget", *arguments)
+    return start(build.operators(), "tests.simt.budget", *arguments).wait()
 
 
 def main(arguments: list[str]) -> int:
