@@ -160,6 +160,11 @@ inline void* current_stream(const Tensor& t) {
   return stream;
 }
 }  // namespace convdit
+#endif
+
+// Who defines CONVDIT_RUN on the command line brings a device of its own (tests/simt).
+#ifndef CONVDIT_RUN
+#ifdef CONVDIT_DEVICE_CUDA
 #define CONVDIT_RUN(room, function, tensor, params)                                          \
   do {                                                                                       \
     torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());              \
@@ -170,4 +175,5 @@ inline void* current_stream(const Tensor& t) {
 #define CONVDIT_RUN(room, function, tensor, params) convdit::room##_table().function(params, convdit::torch_runner())
 #define CONVDIT_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(convdit, m)
 #define CONVDIT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(convdit, CPU, m)
+#endif
 #endif

@@ -1,5 +1,7 @@
 #include "common/cpu_level.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -9,11 +11,15 @@ namespace {
 CpuLevel best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return CpuLevel::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return CpuLevel::avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(CONVDIT_EMULATE_AVX512)
+  const bool avx512 = avx2;
+#else
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  if (avx512) return CpuLevel::avx512;
+  if (avx2) return CpuLevel::avx2;
 #endif
   return CpuLevel::baseline;
 }
@@ -27,11 +33,39 @@ CpuLevel detect() {
   return best;
 }
 
+int64_t detect_cache() {
+  if (const char* wanted = std::getenv("CONVDIT_CACHE_BYTES")) return std::atoll(wanted);
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  if (const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE); bytes > 0) return bytes;
+#endif
+  return int64_t{32} << 20;
+}
+
 }  // namespace
+
+int64_t cache_bytes() {
+  static const int64_t bytes = detect_cache();
+  return bytes;
+}
 
 CpuLevel cpu_level() {
   static const CpuLevel level = detect();
   return level;
+}
+
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+bool multiplies_f16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512fp16");
+#else
+  return true;
+#endif
 }
 
 const char* cpu_level_name(CpuLevel level) {

@@ -17,6 +17,13 @@ inline unsigned grid(int64_t tasks) {
 // Dynamic shared memory that every GPU grants without asking (48 KiB), less what a kernel may declare itself.
 constexpr int64_t kSharedBytes = 47 * 1024;
 
+// Lets a kernel have more than that, up to what the GPU has (99 KiB on the smallest of sm_80 and later).
+template <class Kernel>
+int allow_shared_bytes(Kernel* kernel, int64_t bytes) {
+  if (bytes <= kSharedBytes) return cudaSuccess;
+  return static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads of a block that works on one row of `width` elements, `vector` a thread: whole warps, at most `most`.

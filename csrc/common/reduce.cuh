@@ -1,4 +1,4 @@
-// Sums over a warp and over a block, in a fixed order; every thread gets the same result.
+// Sums over a warp and over a block, in a fixed order, and the largest of a warp; every thread gets the same result.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,13 @@ template <class A>
 __device__ __forceinline__ A warp_sum(A x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+template <class A>
+__device__ __forceinline__ A warp_max(A x) {  // passes over NaN
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
 
@@ -25,12 +32,33 @@ __device__ __forceinline__ void block_sum(A& x, A& y, A* scratch) {
   for (int i = 0; i < warps; ++i) x += scratch[2 * i], y += scratch[2 * i + 1];
 }
 
+// Threads of a block as `groups` groups of `width` threads: adds up what the threads of the same place in each group hold. The
+// result is right in group 0. `scratch` is shared memory for N values a thread. All threads must call it.
+template <int N, class A>
+__device__ __forceinline__ void sum_groups(A (&values)[N], int width, int groups, A* scratch) {
+  const int group = threadIdx.x / width, stride = blockDim.x;
+  for (int count = groups, half; count > 1; count = half) {
+    half = (count + 1) / 2;
+    __syncthreads();  // the sums before may still be read
+    if (group >= half && group < count) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) scratch[k * stride + threadIdx.x] = values[k];
+    }
+    __syncthreads();
+    if (group + half < count) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) values[k] += scratch[k * stride + threadIdx.x + half * width];
+    }
+  }
+}
+
 // Mean and 1/sqrt(variance + eps) of a row of `width` elements by one warp. load(i, values) gives the N elements from i on,
-// 0 beyond the end. The variance is taken about the mean, in a second pass: right for rows with a large mean.
+// 0 beyond the end. The variance is taken about the mean, in a second pass, which also finds what the mean is off by: right for
+// rows with a large mean.
 template <int N, class A, class F>
 __device__ __forceinline__ void warp_row_statistics(int64_t width, A eps, const F& load, A& mean, A& rstd) {
   const int lane = threadIdx.x % kWarp;
-  A values[N], total = 0;
+  A values[N], total = 0, off = 0;
   for (int64_t i = lane * N; i < width; i += kWarp * N) {
     load(i, values);
 #pragma unroll
@@ -44,9 +72,12 @@ __device__ __forceinline__ void warp_row_statistics(int64_t width, A eps, const 
     for (int k = 0; k < N; ++k) {
       const A d = i + k < width ? values[k] - mean : A(0);
       total += d * d;
+      off += d;
     }
   }
-  rstd = A(1) / sqrt(warp_sum(total) / static_cast<A>(width) + eps);
+  off = warp_sum(off) / static_cast<A>(width);
+  mean += off;
+  rstd = A(1) / sqrt(warp_sum(total) / static_cast<A>(width) - off * off + eps);
 }
 
 }  // namespace convdit::cuda

@@ -4,7 +4,8 @@
 //
 //   Vec<float>, Vec<double>     arithmetic; lanes<A> of them
 //   load<A>(p), store(p, v)     any alignment; p may point to float, double, bf16 or f16: converted on the way
-//   load<A>(p, n), store(p, v, n)  the first n < lanes<A> lanes; others load as 0 and are not stored
+//   load<A>(p, n), store(p, v, n)  the first n <= lanes<A> lanes; others load as 0 and are not stored
+//   stream(p, v)                for memory that is not read again soon: past the caches, where p is aligned to a vector
 //   splat, sum, vmax, exp, tanh, normal_cdf, normal_pdf
 #pragma once
 #include <cmath>
@@ -24,9 +25,11 @@
 
 namespace convdit::CONVDIT_LEVEL {
 
-#if defined(__AVX512F__)
+// CONVDIT_EMULATE_AVX512: the sixteen lanes of AVX-512 without its instructions, so that an older CPU can test that code.
+#if defined(__AVX512F__) || defined(CONVDIT_EMULATE_AVX512)
 constexpr int kVectorBytes = 64, kVectorRegisters = 32;
 #elif defined(__AVX2__)
+#define CONVDIT_AVX2
 constexpr int kVectorBytes = 32, kVectorRegisters = 16;
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kVectorRegisters = 32;
@@ -109,13 +112,22 @@ CONVDIT_INLINE f16 narrow<f16>(float x) {
 
 // ---- vectors of halves <-> vectors of floats --------------------------------------------------------------------
 CONVDIT_INLINE Vec<float> widen(VecHalves halves, bf16) {
+#if defined(CONVDIT_AVX2)
+  const __m256i bits = _mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves));  // one instruction, which GCC does not find
+  return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(bits, 16));
+#else
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(halves, VecBits) << 16);
+#endif
 }
 CONVDIT_INLINE VecHalves narrow(Vec<float> x, bf16) {
   const VecBits bits = reinterpret_cast<VecBits>(x);
-  const VecBits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const VecBits is_nan = reinterpret_cast<VecBits>(x != x);
-  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecHalves);
+  const VecBits rounded = x != x ? VecBits{} + 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+#if defined(CONVDIT_AVX2)
+  const __m256i wide = reinterpret_cast<__m256i>(rounded);
+  return reinterpret_cast<VecHalves>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+  return __builtin_convertvector(rounded, VecHalves);
+#endif
 }
 #if defined(__AVX512F__)
 CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
@@ -124,7 +136,7 @@ CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
 CONVDIT_INLINE VecHalves narrow(Vec<float> x, f16) {
   return reinterpret_cast<VecHalves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__F16C__)
+#elif defined(CONVDIT_AVX2)
 CONVDIT_INLINE Vec<float> widen(VecHalves halves, f16) {
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(halves)));
 }
@@ -191,6 +203,51 @@ template <class H>
 CONVDIT_INLINE void store(H* p, Vec<float> v, int64_t n) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(first(n)), reinterpret_cast<__m256i>(narrow(v, H{})));
 }
+#elif defined(CONVDIT_AVX2)
+// A masked store is slow on many CPUs, and a loop over the lanes becomes a call of memcpy: hence pieces of 16, 8, 4, 2 bytes.
+CONVDIT_INLINE __m256i first(int64_t ints) {
+  static constexpr int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 8 - ints));
+}
+CONVDIT_INLINE Vec<float> load(const float* p, int64_t n) {
+  return reinterpret_cast<Vec<float>>(_mm256_maskload_ps(p, first(n)));
+}
+CONVDIT_INLINE Vec<double> load(const double* p, int64_t n) {
+  return reinterpret_cast<Vec<double>>(_mm256_maskload_pd(p, first(2 * n)));
+}
+template <class H>
+CONVDIT_INLINE Vec<float> load(const H* p, int64_t n) {
+  if (n == kFloats) return load(p);
+  uint64_t low = 0, last = 0;  // the first four halves, and those that are left
+  uint32_t two = 0;
+  if (n & 4) std::memcpy(&low, p, 8);
+  if (n & 1) last = p[n - 1].bits;
+  if (n & 2) std::memcpy(&two, p + (n & 4), 4), last = last << 32 | two;
+  const __m128i halves = n & 4 ? _mm_set_epi64x(static_cast<int64_t>(last), static_cast<int64_t>(low))
+                               : _mm_cvtsi64_si128(static_cast<int64_t>(last));
+  return widen(reinterpret_cast<VecHalves>(halves), H{});
+}
+CONVDIT_INLINE void store_bytes(void* p, __m128i v, int64_t bytes) {
+  char* to = static_cast<char*>(p);
+  if (bytes & 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v);
+  if (bytes & 8) _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v), v = _mm_unpackhi_epi64(v, v), to += 8;
+  int64_t rest = _mm_cvtsi128_si64(v);
+  if (bytes & 4) std::memcpy(to, &rest, 4), rest >>= 32, to += 4;
+  if (bytes & 2) std::memcpy(to, &rest, 2);
+}
+CONVDIT_INLINE void store_bytes(void* p, __m256i v, int64_t bytes) {
+  char* to = static_cast<char*>(p);
+  if (bytes & 32) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+  __m128i half = _mm256_castsi256_si128(v);
+  if (bytes & 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half), half = _mm256_extracti128_si256(v, 1), to += 16;
+  store_bytes(to, half, bytes & 15);
+}
+CONVDIT_INLINE void store(float* p, Vec<float> v, int64_t n) { store_bytes(p, reinterpret_cast<__m256i>(v), 4 * n); }
+CONVDIT_INLINE void store(double* p, Vec<double> v, int64_t n) { store_bytes(p, reinterpret_cast<__m256i>(v), 8 * n); }
+template <class H>
+CONVDIT_INLINE void store(H* p, Vec<float> v, int64_t n) {
+  store_bytes(p, reinterpret_cast<__m128i>(narrow(v, H{})), 2 * n);
+}
 #else
 template <class T>
 CONVDIT_INLINE Vec<accum_t<T>> load(const T* p, int64_t n) {
@@ -203,6 +260,31 @@ CONVDIT_INLINE void store(T* p, Vec<accum_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(v[i]);
 }
 #endif
+
+// Stores that leave the caches alone, and so do not read the line first: a third of the traffic of a copy. p is aligned to
+// the vector as it lies in memory. stream_fence() orders them before whatever tells another thread of them.
+#if defined(__AVX512F__)
+CONVDIT_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+template <class H>
+CONVDIT_INLINE void stream(H* p, Vec<float> v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(v, H{})));
+}
+#elif defined(CONVDIT_AVX2)
+CONVDIT_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+template <class H>
+CONVDIT_INLINE void stream(H* p, Vec<float> v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v, H{})));
+}
+#else
+template <class T>
+CONVDIT_INLINE void stream(T* p, Vec<accum_t<T>> v) { store(p, v); }
+#endif
+CONVDIT_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
+CONVDIT_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // n lanes where n may also be all of them; `Full` is known at compile time.
 template <bool Full, class T>
@@ -227,14 +309,23 @@ CONVDIT_INLINE void for_each_vector(int64_t count, const F& f) {
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
-// Sum of the lanes, in a fixed order.
+// Sum of the lanes, in a fixed order: the upper half is added to the lower one until one lane is left.
 template <class V>
 CONVDIT_INLINE auto sum(V v) {
-  constexpr int n = static_cast<int>(sizeof(v) / sizeof(v[0]));
-  auto parts = v;
-  for (int half = n / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v) == 64) {  // left to itself GCC goes through the stack
+    typedef decltype(v[0] + 0) Half __attribute__((vector_size(32)));
+    const __m512i bits = reinterpret_cast<__m512i>(v);
+    return sum(reinterpret_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xff, bits, 0)) +
+               reinterpret_cast<Half>(_mm512_maskz_extracti64x4_epi64(0xff, bits, 1)));
+  } else
+#endif
+  {
+    auto parts = v;
+    for (int half = sizeof(v) / sizeof(v[0]) / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+  }
 }
 
 // Sum over `count` elements of the vectors f(first_lane, n, full); absent lanes of the last one must be 0.
@@ -252,7 +343,9 @@ CONVDIT_INLINE A sum_vectors(int64_t count, const F& f) {
 // A product that must be rounded before it is subtracted from its like: the compiler may not contract it into an FMA.
 template <class V>
 CONVDIT_INLINE V rounded(V v) {
-#if defined(__x86_64__)
+#if defined(CONVDIT_EMULATE_AVX512)
+  asm("" : "+m"(v));
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
@@ -311,31 +404,33 @@ CONVDIT_INLINE Vec<float> tanh(Vec<float> x) {
 }
 
 // The standard normal distribution at x, absolute error below 1.5e-7; exactly 0 and 1 beyond 5.5 standard deviations, so
-// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * p(x^2): p is a minimax fit of degree 15 in
-// u = 2 (x / 5.5)^2 - 1, an interval on which none of its terms cancel. No exponential and no division.
+// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * (p(x^2) / q(x^2) + 0.09), a minimax fit: the
+// constant is most of the sum where x is large, so that p and q may be rounded. The division has a unit of its own.
 CONVDIT_INLINE Vec<float> normal_cdf(Vec<float> x) {
-  const Vec<float> s = x * x, u = s * 0.0661156997f - 1.f;
-  Vec<float> p = splat(-0x1.efcddcp-13f);
-  p = p * u + 0x1.4b1e86p-11f;
-  p = p * u + -0x1.156ad8p-11f;
-  p = p * u + 0x1.798abap-11f;
-  p = p * u + -0x1.3d046ep-9f;
-  p = p * u + 0x1.2ee4aap-8f;
-  p = p * u + -0x1.bef318p-8f;
-  p = p * u + 0x1.4f2538p-7f;
-  p = p * u + -0x1.eb7d64p-7f;
-  p = p * u + 0x1.4da73p-6f;
-  p = p * u + -0x1.aac652p-6f;
-  p = p * u + 0x1.06b836p-5f;
-  p = p * u + -0x1.3dca5ep-5f;
-  p = p * u + 0x1.87111p-5f;
-  p = p * u + -0x1.06d992p-4f;
-  p = p * u + 0x1.07463cp-3f;
+  const Vec<float> s = x * x;
+  Vec<float> p = splat(-8.49717239e-08f), q = splat(1.19751928e-06f);
+  p = p * s + -2.45887463e-07f, q = q * s + 7.30744723e-05f;
+  p = p * s + -1.57889883e-06f, q = q * s + 0.00187553803f;
+  p = p * s + 0.00209721364f, q = q * s + 0.028560102f;
+  p = p * s + 0.011102017f, q = q * s + 0.251154393f;
+  p = p * s + 0.308942258f, q = q * s + 1.f;
   const Vec<float> far = x < 0 ? splat(0.f) : splat(1.f);
-  return s > 30.25f ? far : x * p + 0.5f;
+  return s > 30.25f ? far : x * (p / q + 0.09f) + 0.5f;
 }
-// Its density, e^(-x^2/2) / sqrt(2 pi), absolute error below 1e-7.
-CONVDIT_INLINE Vec<float> normal_pdf(Vec<float> x) { return exp(x * x * -0.5f) * 0.398942280f; }
+// Its density, e^(-x^2/2) / sqrt(2 pi), absolute error below 1e-7: 2^t for t <= 0, split into 2^n, whose exponent's bits are
+// made by an addition, and a polynomial for the rest; exactly 0 from t = -127 on, so that x * normal_pdf(x) is right for huge x.
+CONVDIT_INLINE Vec<float> normal_pdf(Vec<float> x) {
+  typedef typename VecOf<float>::integer Int;
+  const Vec<float> t = vmax(splat(-127.f), x * x * -0.721347520f);  // in this order a NaN stays one
+  const Vec<float> shift = splat(0x1.8p23f + 127.f), biased = t + shift, r = t - (biased - shift);
+  Vec<float> p = splat(5.296548479e-4f);
+  p = p * r + 3.859982593e-3f;
+  p = p * r + 2.214414254e-2f;
+  p = p * r + 9.583438933e-2f;
+  p = p * r + 2.765256464e-1f;
+  p = p * r + 3.989423215e-1f;
+  return p * reinterpret_cast<Vec<float>>(reinterpret_cast<Int>(biased) << 23);
+}
 
 // float64 exists for checking gradients: exact rather than fast.
 CONVDIT_INLINE Vec<double> exp(Vec<double> x) {

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/types.h"
 
@@ -35,13 +36,78 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T values[N];
 };
 
+// N elements as they lie in memory: one aligned access of up to 16 bytes, or several. Halves are kept as words of two, since the
+// compiler would move an array of them one by one.
+template <class T, int N>
+using Bits = std::conditional_t<sizeof(T) == 2 && N % 2 == 0, Pack<uint32_t, (N + 1) / 2>, Pack<T, N>>;
+
+template <int N, class T>
+__device__ __forceinline__ Bits<T, N> fetch(const T* p) {
+  return *reinterpret_cast<const Bits<T, N>*>(p);
+}
+// To global memory. Written as instructions: the compiler splits the stores of such a struct.
+template <int N, class T>
+__device__ __forceinline__ void put(T* p, const Bits<T, N>& bits) {
+  if constexpr (sizeof(bits) % 8 == 0) {
+    uint32_t words[sizeof(bits) / 4];
+    memcpy(words, &bits, sizeof(bits));
+    if constexpr (sizeof(bits) == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(words[0]), "r"(words[1]) : "memory");
+    } else {
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(bits)) / 4; i += 4)
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint32_t*>(p) + i), "r"(words[i]),
+                     "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+                     : "memory");
+    }
+  } else {
+    *reinterpret_cast<Bits<T, N>*>(p) = bits;
+  }
+}
+
+template <int N, class T>
+__device__ __forceinline__ void widen(const Bits<T, N>& bits, accum_t<T> (&to)[N]) {
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const uint32_t word = bits.values[i];
+      if constexpr (std::is_same_v<T, bf16>) {
+        to[2 * i] = __uint_as_float(word << 16), to[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+      } else {
+        to[2 * i] = widen(f16{static_cast<uint16_t>(word)}), to[2 * i + 1] = widen(f16{static_cast<uint16_t>(word >> 16)});
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = widen(bits.values[i]);
+  }
+}
+template <class T, int N>
+__device__ __forceinline__ Bits<T, N> narrow_all(const accum_t<T> (&from)[N]) {
+  Bits<T, N> bits;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
+        bits.values[i] = *reinterpret_cast<const uint32_t*>(&pair);
+      } else {
+        const __half2 pair = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
+        bits.values[i] = *reinterpret_cast<const uint32_t*>(&pair);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) bits.values[i] = narrow<T>(from[i]);
+  }
+  return bits;
+}
+
 // N elements from p on. `whole`: all N exist and p is aligned for them; otherwise one by one, the first n of them, 0 for the rest.
 template <int N, class T>
 __device__ __forceinline__ void load(const T* p, int64_t n, bool whole, accum_t<T> (&to)[N]) {
   if (whole) {
-    const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = widen(pack.values[i]);
+    widen<N, T>(fetch<N>(p), to);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = i < n ? widen(p[i]) : accum_t<T>(0);
@@ -50,10 +116,7 @@ __device__ __forceinline__ void load(const T* p, int64_t n, bool whole, accum_t<
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, int64_t n, bool whole, const accum_t<T> (&from)[N]) {
   if (whole) {
-    Pack<T, N> pack;
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.values[i] = narrow<T>(from[i]);
-    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    put<N>(p, narrow_all<T>(from));
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i)

@@ -111,13 +111,35 @@ struct Mean {
 
 enum class Activation { none, gelu, shifted_gelu };
 
-// n values of g from x[i] on.
+// x, or x + shift: n values from x[i] on.
 template <Activation Act, bool Full, class T>
-CONVDIT_INLINE Vec<accum_t<T>> activate(const T* x, const accum_t<T>* shift, int64_t i, int64_t n) {
+CONVDIT_INLINE Vec<accum_t<T>> load_shifted(const T* x, const accum_t<T>* shift, int64_t i, int64_t n) {
   auto v = load_lanes<Full>(x + i, n);
   if constexpr (Act == Activation::shifted_gelu) v += load_lanes<Full>(shift + i, n);
+  return v;
+}
+// n values of g.
+template <Activation Act, bool Full, class T>
+CONVDIT_INLINE Vec<accum_t<T>> activate(const T* x, const accum_t<T>* shift, int64_t i, int64_t n) {
+  auto v = load_shifted<Act, Full>(x, shift, i, n);
   if constexpr (Act != Activation::none) v *= normal_cdf(v);
   return v;
+}
+
+// f(row, rows, channel, n, full) for each vector of channels of a few rows at a time, and of the last rows one by one: sums
+// over rows stay in registers for a few rows, and the processor has independent work. `rows` is a constant: rows.value.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <class A, class F>
+CONVDIT_INLINE void for_each_few_rows(int64_t rows, int64_t channels, const F& f) {
+  constexpr int kFew = 4;
+  int64_t row = 0;
+  for (; row + kFew <= rows; row += kFew)
+    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) { f(row, Constant<kFew>{}, i, n, full); });
+  for (; row < rows; ++row)
+    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) { f(row, Constant<1>{}, i, n, full); });
 }
 
 // sums[c] = sum of g^2 over the tile's rows; g itself goes to `kept` where Keep.
@@ -125,13 +147,17 @@ template <Activation Act, bool Keep, class T>
 void add_squares(const T* x, const accum_t<T>* shift, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
   using A = accum_t<T>;
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
-  for (int64_t row = 0; row < rows; ++row, x += channels, kept += Keep ? channels : 0)
-    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      const Vec<A> g = activate<Act, kFull>(x, shift, i, n);
-      store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + g * g, n);
-      if constexpr (Keep) store_lanes<kFull>(kept + i, g, n);
-    });
+  for_each_few_rows<A>(rows, channels, [&](int64_t row, auto few, int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool kFull = decltype(full)::value;
+    Vec<A> total = load_lanes<kFull>(sums + i, n);
+    for (int r = 0; r < few.value; ++r) {
+      const int64_t at = (row + r) * channels;
+      const Vec<A> g = activate<Act, kFull>(x + at, shift, i, n);
+      total += g * g;
+      if constexpr (Keep) store_lanes<kFull>(kept + at + i, g, n);
+    }
+    store_lanes<kFull>(sums + i, total, n);
+  });
 }
 
 // norm and scale = 1 + weight * N of one image from the sums of its tiles.
@@ -191,25 +217,30 @@ void forward(const Grn& p, const Runner& run) {
       });
 }
 
-// sums[0][c] = sum of grad * g, sums[1][c] = sum of grad over the tile's rows; normal_cdf(x) goes to `kept` where Keep.
-template <bool Gelu, bool Keep, class T>
-void add_products(const T* grad, const T* x, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
+// sums[0][c] = sum of grad * g, sums[1][c] = sum of grad over the tile's rows; normal_cdf goes to `kept` where Keep.
+template <Activation Act, bool Keep, class T>
+void add_products(const T* grad, const T* x, const accum_t<T>* shift, T* kept, int64_t rows, int64_t channels, accum_t<T>* sums) {
   using A = accum_t<T>;
   A* plain = sums + channels;
   for (int64_t c = 0; c < 2 * channels; ++c) sums[c] = 0;
-  for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels, kept += Keep ? channels : 0)
-    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      Vec<A> g = load_lanes<kFull>(x + i, n);
-      const Vec<A> d = load_lanes<kFull>(grad + i, n);
-      if constexpr (Gelu) {
+  for_each_few_rows<A>(rows, channels, [&](int64_t row, auto few, int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool kFull = decltype(full)::value;
+    Vec<A> products = load_lanes<kFull>(sums + i, n), total = load_lanes<kFull>(plain + i, n);
+    for (int r = 0; r < few.value; ++r) {
+      const int64_t at = (row + r) * channels;
+      Vec<A> g = load_shifted<Act, kFull>(x + at, shift, i, n);
+      const Vec<A> d = load_lanes<kFull>(grad + at + i, n);
+      if constexpr (Act != Activation::none) {
         const Vec<A> cdf = normal_cdf(g);
-        if constexpr (Keep) store_lanes<kFull>(kept + i, cdf, n);
+        if constexpr (Keep) store_lanes<kFull>(kept + at + i, cdf, n);
         g *= cdf;
       }
-      store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + g * d, n);
-      store_lanes<kFull>(plain + i, load_lanes<kFull>(plain + i, n) + d, n);
-    });
+      products += g * d;
+      total += d;
+    }
+    store_lanes<kFull>(sums + i, products, n);
+    store_lanes<kFull>(plain + i, total, n);
+  });
 }
 
 // One image: the coefficients of grad_g = grad * scale + g * pull, and its share of the parameters' gradients.
@@ -244,56 +275,74 @@ void finish_image_backward(const A* sums, int64_t tiles, int64_t channels, A eps
   for (int64_t c = 0; c < channels; ++c) out.pull[c] = norm[c] > 0 ? (out.pull[c] - back) / (divisor * norm[c]) : 0;
 }
 
-// Where Kept, grad_x holds normal_cdf(x) on entry.
-template <bool Gelu, bool Kept, class T>
-void apply_backward(const T* grad, const T* x, const accum_t<T>* scale, const accum_t<T>* pull, T* grad_x, int64_t rows, int64_t channels) {
+// The rows of a tile in the second pass. Where Kept, `kept` holds normal_cdf on entry; it may be grad_x or y.
+template <Activation Act, bool Kept, class T>
+void apply_backward(const GrnBackward& p, Tile tile, const T* kept, const ImageGradients<accum_t<T>>& image, accum_t<T>* sums) {
   using A = accum_t<T>;
-  for (int64_t row = 0; row < rows; ++row, x += channels, grad += channels, grad_x += channels)
-    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      const Vec<A> v = load_lanes<kFull>(x + i, n), d = load_lanes<kFull>(grad + i, n) * load_lanes<kFull>(scale + i, n);
-      if constexpr (Gelu) {
-        const Vec<A> cdf = Kept ? load_lanes<kFull>(grad_x + i, n) : normal_cdf(v);
-        const Vec<A> grad_g = d + v * cdf * load_lanes<kFull>(pull + i, n);
-        store_lanes<kFull>(grad_x + i, grad_g * (cdf + v * normal_pdf(v)), n);
+  constexpr bool kShifted = Act == Activation::shifted_gelu;
+  const int64_t channels = p.channels, start = tile.first_row * channels;
+  const T *grad = static_cast<const T*>(p.grad) + start, *x = static_cast<const T*>(p.x) + start;
+  const A *shift = static_cast<const A*>(p.shift), *bias = static_cast<const A*>(p.bias);
+  T *grad_x = static_cast<T*>(p.grad_x) + start, *y = kShifted ? static_cast<T*>(p.y) + start : nullptr;
+  if constexpr (kShifted)
+    for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
+  for_each_few_rows<A>(tile.rows, channels, [&](int64_t row, auto few, int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool kFull = decltype(full)::value;
+    const Vec<A> scale = load_lanes<kFull>(image.scale + i, n), pull = load_lanes<kFull>(image.pull + i, n);
+    Vec<A> total{};
+    for (int r = 0; r < few.value; ++r) {
+      const int64_t at = (row + r) * channels;
+      const Vec<A> v = load_shifted<Act, kFull>(x + at, shift, i, n);
+      Vec<A> d = load_lanes<kFull>(grad + at + i, n) * scale;
+      if constexpr (Act == Activation::none) {
+        d += v * pull;
       } else {
-        store_lanes<kFull>(grad_x + i, d + v * load_lanes<kFull>(pull + i, n), n);
+        const Vec<A> cdf = Kept ? load_lanes<kFull>(kept + start + at + i, n) : normal_cdf(v), g = v * cdf;
+        d = (d + g * pull) * (cdf + v * normal_pdf(v));
+        if constexpr (kShifted) store_lanes<kFull>(y + at + i, g * scale + load_lanes<kFull>(bias + i, n), n), total += d;
       }
-    });
+      store_lanes<kFull>(grad_x + at + i, d, n);
+    }
+    if constexpr (kShifted) store_lanes<kFull>(sums + i, load_lanes<kFull>(sums + i, n) + total, n);
+  });
 }
 
-template <bool Gelu, class T>
+template <Activation Act, class T>
 void backward(const GrnBackward& p, const Runner& run) {
   using A = accum_t<T>;
-  constexpr bool kKeep = Gelu && kHoldsSums<T>;
+  constexpr bool kShifted = Act == Activation::shifted_gelu, kKeep = Act != Activation::none && kHoldsSums<T>;
   const int64_t channels = p.channels;
   const T *grad = static_cast<const T*>(p.grad), *x = static_cast<const T*>(p.x);
-  T* grad_x = static_cast<T*>(p.grad_x);
-  const A *norm = static_cast<const A*>(p.norm), *weight = static_cast<const A*>(p.weight);
+  T* kept = static_cast<T*>(kShifted ? p.y : p.grad_x);
+  const A *norm = static_cast<const A*>(p.norm), *weight = static_cast<const A*>(p.weight), *shift = static_cast<const A*>(p.shift);
   A* sums = static_cast<A*>(p.workspace);
   number_tiles(p, p.first_tile);
-  A* by_image = sums + 2 * p.first_tile[p.images] * channels;
+  const int64_t tiles = p.first_tile[p.images];
+  A* by_image = sums + 2 * tiles * channels;
   two_passes(
-      p, p.first_tile, 3 * channels * static_cast<int64_t>(sizeof(T)), run,
+      p, p.first_tile, (kShifted ? 4 : 3) * channels * static_cast<int64_t>(sizeof(T)), run,
       [&](Tile t, int64_t number) {
         const int64_t at = t.first_row * channels;
-        add_products<Gelu, kKeep>(grad + at, x + at, grad_x + at, t.rows, channels, sums + 2 * number * channels);
+        add_products<Act, kKeep>(grad + at, x + at, shift, kept + at, t.rows, channels, sums + 2 * number * channels);
       },
       [&](int64_t image) {
         const int64_t tile = p.first_tile[image];
         finish_image_backward(sums + 2 * tile * channels, p.first_tile[image + 1] - tile, channels, static_cast<A>(p.eps),
                               norm + image * channels, weight, ImageGradients<A>(by_image, image, channels));
       },
-      [&](Tile t, int64_t) {
-        const int64_t at = t.first_row * channels;
-        const ImageGradients<A> image(by_image, t.image, channels);
-        apply_backward<Gelu, kKeep>(grad + at, x + at, image.scale, image.pull, grad_x + at, t.rows, channels);
+      [&](Tile t, int64_t number) {
+        // The first pass' sums have served: their place takes the sums of grad_x.
+        apply_backward<Act, kKeep>(p, t, kept, ImageGradients<A>(by_image, t.image, channels), sums + 2 * number * channels);
       });
-  A* const totals[2] = {static_cast<A*>(p.grad_weight), static_cast<A*>(p.grad_bias)};
-  for (int k = 0; k < 2; ++k)
-    sum_tiles(by_image + (2 + k) * channels, p.images, 4 * channels, channels, [&](int64_t c, const double* total, int n) {
-      for (int i = 0; i < n; ++i) totals[k][c + i] = static_cast<A>(total[i]);
+  const auto add_up = [&](const A* parts, int64_t count, int64_t stride, void* to) {
+    A* result = static_cast<A*>(to);
+    sum_tiles(parts, count, stride, channels, [&](int64_t c, const double* total, int n) {
+      for (int i = 0; i < n; ++i) result[c + i] = (p.add ? result[c + i] : 0) + static_cast<A>(total[i]);
     });
+  };
+  add_up(by_image + 2 * channels, p.images, 4 * channels, p.grad_weight);
+  add_up(by_image + 3 * channels, p.images, 4 * channels, p.grad_bias);
+  if (kShifted) add_up(sums, tiles, 2 * channels, p.grad_shift);
 }
 
 template <class F>
@@ -317,7 +366,11 @@ void dispatch_forward(const Grn& p, const Runner& run) {
   dispatch(p, [&](auto x) { forward_of<decltype(x)>(p, run); });
 }
 void dispatch_backward(const GrnBackward& p, const Runner& run) {
-  dispatch(p, [&](auto x) { p.gelu ? backward<true, decltype(x)>(p, run) : backward<false, decltype(x)>(p, run); });
+  dispatch(p, [&](auto x) {
+    using T = decltype(x);
+    if (!p.gelu) return backward<Activation::none, T>(p, run);
+    return p.shift == nullptr ? backward<Activation::gelu, T>(p, run) : backward<Activation::shifted_gelu, T>(p, run);
+  });
 }
 
 }  // namespace

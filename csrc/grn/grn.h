@@ -46,6 +46,10 @@ struct Grn : GrnShape {
 struct GrnBackward : GrnShape {
   const void *grad, *x, *norm, *weight;
   void *grad_x, *grad_weight, *grad_bias;
+  // With a shift the forward's y is computed once more, and so grad_x may be grad. Else all four are null. CPU only.
+  const void *shift, *bias;
+  void *y, *grad_shift;
+  bool add;             // grad_weight, grad_bias and grad_shift are added to, not written
   void* workspace;      // (2 grn_max_tiles + 4 images, C) of accum_t<dtype>
   int64_t* first_tile;  // (images + 1)
 };

@@ -32,7 +32,7 @@ int64_t vectors_of(int64_t channels) { return (channels + lanes<A> - 1) / lanes<
 
 // The first n lanes, at no cost where there are masks. Elsewhere the specialised kernels see whole vectors only, and the
 // channels left over go to the general ones.
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) || defined(CONVDIT_EMULATE_AVX512)
 constexpr bool kMasks = true;
 CONVDIT_INLINE Vec<float> load_some(const float* p, int64_t n) { return load(p, n); }
 CONVDIT_INLINE void store_some(float* p, Vec<float> v, int64_t n) { store(p, v, n); }

@@ -58,6 +58,11 @@ struct SparseDepthwiseKernels {
 CONVDIT_CPU_TABLE(SparseDepthwiseKernels, sparse_depthwise)
 
 namespace cuda {
+// The same for the CUDA kernels: enough blocks of 32 channels for every multiprocessor, at least 128 sites a part.
+inline int64_t sparse_depthwise_parts(int64_t blocks, int64_t block, int64_t channels) {
+  const int64_t windows = (blocks * block * block + 127) / 128, wanted = 1024 / ((channels + 31) / 32);
+  return windows < wanted ? windows : wanted < 1 ? 1 : wanted;
+}
 // Enqueue on `stream`; return cudaError_t.
 int sparse_depthwise_forward(const SparseDepthwise&, void* stream);
 int sparse_depthwise_weight_grad(const SparseDepthwiseWeightGrad&, void* stream);

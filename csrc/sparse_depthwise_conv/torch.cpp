@@ -37,8 +37,11 @@ int64_t padded(int64_t channels) {
   return (channels + kSparseDepthwisePadding - 1) / kSparseDepthwisePadding * kSparseDepthwisePadding;
 }
 
-// Room for a copy in float32 of features in halves: each is read about ten times, and converted once.
+// Room for a copy in float32 of features in halves: the CPU kernels read each about ten times, and convert it once.
 Tensor wide_copy(const Tensor& features) {
+#ifdef CONVDIT_DEVICE_CUDA
+  return allocate({0}, ScalarType::Float, features);
+#endif
   const bool half = features.scalar_type() == ScalarType::BFloat16 || features.scalar_type() == ScalarType::Half;
   return allocate({half ? features.numel() : 0}, ScalarType::Float, features);
 }
@@ -85,7 +88,12 @@ std::tuple<Tensor, Tensor> sparse_depthwise_conv2d_weight_grad(const Tensor& gra
     return {allocate_zeros({channels, 1, kernel, kernel}, wide, features_in), allocate_zeros({channels}, wide, features_in)};
   const Tensor grad = dense(grad_in), features = dense(features_in), neighbors = dense(neighbors_in);
   const Tensor grad_weight = allocate({channels, 1, kernel, kernel}, wide, features), grad_bias = allocate({channels}, wide, features);
-  const Tensor work = allocate({sparse_depthwise_chunks(blocks, block), kernel * kernel + 1, padded(channels)}, wide, features);
+#ifdef CONVDIT_DEVICE_CUDA
+  const int64_t parts = cuda::sparse_depthwise_parts(blocks, block, channels);
+#else
+  const int64_t parts = sparse_depthwise_chunks(blocks, block);
+#endif
+  const Tensor work = allocate({parts, kernel * kernel + 1, padded(channels)}, wide, features);
   const Tensor wide_grad = wide_copy(grad), wide_x = wide_copy(features);
   SparseDepthwiseWeightGrad p{};
   p.blocks = blocks, p.block = block, p.kernel = kernel, p.channels = channels, p.dtype = dtype_of("features", features);

@@ -56,7 +56,7 @@ static void check_part(const char* name) {
   constexpr int n = lanes<accum_t<T>>;
   T in[n], out[n];
   for (int i = 0; i < n; ++i) in[i] = narrow<T>(static_cast<accum_t<T>>(i + 1));
-  for (int part = 0; part < n; ++part) {
+  for (int part = 0; part <= n; ++part) {
     auto v = load(in, part);
     for (int i = 0; i < n; ++i) expect(v[i] == (i < part ? i + 1 : 0), name, i);
     for (auto& o : out) o = narrow<T>(static_cast<accum_t<T>>(-1));

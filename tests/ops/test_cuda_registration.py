@@ -9,6 +9,7 @@ ADALN = ["layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_mod
 NAMES = [f"{operator}_{part}" for operator in ADALN for part in ("fwd", "bwd")]
 NAMES += [f"depthwise_conv2d_{part}" for part in ("fwd", "input_grad", "weight_grad")]
 NAMES += [f"depthwise_conv2d_layer_norm_{part}" for part in ("fwd", "bwd")]
+NAMES += [f"packed_attention_{part}" for part in ("fwd", "bwd")]
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason=f"no CUDA library: {build_info()['cuda_reason']}")

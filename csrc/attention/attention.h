@@ -1,0 +1,43 @@
+// Self-attention on the packed output of a qkv Linear, forward and backward, on CUDA. (On the CPU it is PyTorch's own kernel.)
+//
+//   q, k, v (B, T, heads, d) = the thirds of qkv (B, T, 3D), D = heads * d
+//   weights     = softmax(scale * q k^T) over the keys, head by head
+//   out         = weights v                                              (B, T, D)
+//   log_sum_exp = log(sum(exp(scale * q k^T))) over the keys             (B, T, heads)
+//
+//   grad_v = weights^T grad,   grad_q = scale * g k,   grad_k = scale * g^T q,
+//   with g = weights * (grad v^T - delta), delta = sum(grad * out) over d; weights are computed again from log_sum_exp
+//
+// qkv has the given strides and no gaps inside (3D); everything else is contiguous. Tensors are in `dtype`; log_sum_exp and
+// the workspace in accum_t<dtype>. The caller owns every array. No size is 0; any alignment; any scale.
+// A row of scores with a NaN or +inf among them, or with -inf alone, gives NaN, as softmax does.
+#pragma once
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace convdit {
+
+struct Attention {
+  int64_t batch, tokens, heads, head_dim;
+  int64_t batch_stride, token_stride;  // of qkv, in elements
+  double scale;
+  DType dtype;
+  const void* qkv;
+  void *out, *log_sum_exp;  // outputs of the forward, inputs of the backward
+};
+
+struct AttentionBackward {
+  Attention forward;
+  const void* grad;  // of out
+  void* grad_qkv;    // (B, T, 3D)
+  void* workspace;   // (B, heads, T, 2): log_sum_exp in base 2, and delta
+};
+
+namespace cuda {
+// Enqueue on `stream`; return cudaError_t.
+int attention_forward(const Attention&, void* stream);
+int attention_backward(const AttentionBackward&, void* stream);
+}  // namespace cuda
+
+}  // namespace convdit

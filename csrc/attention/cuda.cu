@@ -1,0 +1,103 @@
+// CUDA attention; see attention.h for the formulas. Which kernel: bf16 and f16 by mma.sync (forward.cuh, backward.cuh),
+// float32 by fused multiply-adds (fma.cuh), both on rows of whole 16-byte vectors up to 128 wide; all else scalar.cuh.
+#include "attention/attention.h"
+
+#include "attention/backward.cuh"
+#include "attention/fma.cuh"
+#include "attention/forward.cuh"
+#include "attention/scalar.cuh"
+#include "common/launch.cuh"
+
+namespace convdit::cuda {
+namespace {
+
+constexpr int64_t kWidest = 128, kMostTokens = 0x7fffff00;  // of tiles: they count tokens in 32 bits
+
+template <int kWidth>
+using Width = std::integral_constant<int, kWidth>;
+
+// f(Width<w>) with the narrowest w of the tiles that a head fits.
+template <class T, class F>
+int dispatch_width(int64_t head_dim, const F& f) {
+  if (head_dim <= 32) return f(Width<32>{});
+  if (head_dim <= 64) return f(Width<64>{});
+  if constexpr (sizeof(T) == 2)
+    if (head_dim <= 80) return f(Width<80>{});
+  if (head_dim <= 96) return f(Width<96>{});
+  return f(Width<kWidest>{});
+}
+
+template <class T>
+bool fits_tiles(const Attention& p) {
+  const bool whole = p.head_dim % kVector<T> == 0 && p.batch_stride % kVector<T> == 0 && p.token_stride % kVector<T> == 0;
+  return sizeof(T) <= 4 && p.head_dim <= kWidest && p.tokens <= kMostTokens && whole && aligned(16, p.qkv, p.out);
+}
+
+// A block a tile of `rows` rows of one head of one sample.
+template <class P>
+int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int rows, int shared_bytes,
+                 cudaStream_t stream) {
+  if (shared_bytes > kSharedBytes)  // no more than the 99 KiB that every GPU from sm_80 on has for a block that asks
+    if (const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
+      return static_cast<int>(status);
+  const int64_t a_head = ceil_div(p.tokens, rows), blocks = p.batch * p.heads * a_head;
+  int status = 0;
+  for (int64_t first = 0; first < blocks && status == 0; first += grid(blocks)) {
+    kernel<<<grid(blocks - first), kThreads, shared_bytes, stream>>>(params, {a_head, first});
+    status = launch_status();
+  }
+  return status;
+}
+
+template <class P>
+int launch_rows(void (*kernel)(P), const P& params, const Attention& p, cudaStream_t stream) {
+  kernel<<<grid(ceil_div(row_tasks(p), kWarps)), kThreads, 0, stream>>>(params);
+  return launch_status();
+}
+
+template <class T>
+int forward(const Attention& p, cudaStream_t stream) {
+  if (!fits_tiles<T>(p)) return launch_rows(forward_scalar<T>, p, p, stream);
+  return dispatch_width<T>(p.head_dim, [&](auto width) {
+    if constexpr (sizeof(T) == 2) {
+      using Plan = ForwardPlan<T, width.value>;
+      return launch_tiles(forward_mma<T, width.value>, p, p, Plan::kRows, Plan::kSharedBytes, stream);
+    } else {
+      using Plan = FmaPlan<width.value>;
+      return launch_tiles(forward_fma<width.value>, p, p, Plan::kRows, Plan::kForwardBytes, stream);
+    }
+  });
+}
+
+template <class T>
+int backward(const AttentionBackward& b, cudaStream_t stream) {
+  const Attention& p = b.forward;
+  const auto both = [](int first, const auto& second) { return first ? first : second(); };
+  if (!fits_tiles<T>(p) || !aligned(16, b.grad, b.grad_qkv))
+    return both(launch_rows(backward_queries_scalar<T>, b, p, stream),
+                [&] { return launch_rows(backward_keys_scalar<T>, b, p, stream); });
+  return dispatch_width<T>(p.head_dim, [&](auto width) {
+    if constexpr (sizeof(T) == 2) {
+      using Plan = BackwardPlan<T, width.value>;
+      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, Plan::kQueriesBytes, stream), [&] {
+        return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysBytes, stream);
+      });
+    } else {
+      using Plan = FmaPlan<width.value>;
+      return both(launch_tiles(backward_queries_fma<width.value>, b, p, Plan::kRows, Plan::kBackwardBytes, stream), [&] {
+        return launch_tiles(backward_keys_fma<width.value>, b, p, Plan::kRows, Plan::kBackwardBytes, stream);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+int attention_forward(const Attention& p, void* stream) {
+  return dispatch(p.dtype, [&](auto x) { return forward<decltype(x)>(p, stream_of(stream)); });
+}
+int attention_backward(const AttentionBackward& p, void* stream) {
+  return dispatch(p.forward.dtype, [&](auto x) { return backward<decltype(x)>(p, stream_of(stream)); });
+}
+
+}  // namespace convdit::cuda

@@ -1,0 +1,1 @@
+"""Runs the CUDA kernels on a machine without a GPU; see README.md."""
