@@ -84,14 +84,11 @@ inline void check_dim(const char* name, const Tensor& t, int64_t dim, const char
 
 inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
-  std::ostringstream wanted;
-  int64_t i = 0;
-  for (int64_t size : expected) {
-    wanted << (i ? ", " : "") << size;
-    same = same && t.size(i) == size;
-    ++i;
-  }
-  CONVDIT_CHECK(same, name, ": expected shape (", wanted.str(), "), got ", describe(t));
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected.begin()[i];
+  if (same) return;
+  std::ostringstream wanted;  // made only where it is needed: it costs more than the rest of the checks
+  for (const int64_t& size : expected) wanted << (&size == expected.begin() ? "" : ", ") << size;
+  fail(name, ": expected shape (", wanted.str(), "), got ", describe(t));
 }
 
 inline void check_same_device(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {

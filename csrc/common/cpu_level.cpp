@@ -1,7 +1,6 @@
 #include "common/cpu_level.h"
 
-#include <unistd.h>
-
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -35,10 +34,13 @@ CpuLevel detect() {
 
 int64_t detect_cache() {
   if (const char* wanted = std::getenv("CONVDIT_CACHE_BYTES")) return std::atoll(wanted);
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  if (const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE); bytes > 0) return bytes;
-#endif
-  return int64_t{32} << 20;
+  // Not sysconf(): on some virtual machines it multiplies the size by cores that are not there.
+  long kilobytes = 0;
+  if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    std::fclose(file);
+  }
+  return int64_t{kilobytes > 0 ? kilobytes : 32768} << 10;
 }
 
 }  // namespace
