@@ -140,9 +140,9 @@ class FCMAE(nn.Module):
             ValueError: other shapes or devices, no image, images that patches do not divide, a mask
                 with no visible patch in some image, or with no removed patch at all.
         """
-        mask, sites = self._mask(images, mask, generator)
-        pred = self._decode(images, mask, sites)
-        return FCMAEOutput(self._loss(images, pred, mask), pred, mask)
+        mask, sites, removed = self._mask(images, mask, generator)
+        hidden, pred = self._predict(self._decode(images, mask, sites), sites, removed)
+        return FCMAEOutput(self._loss(images, hidden, removed), pred, mask)
 
     @torch.no_grad()
     def reconstruct(
@@ -156,8 +156,8 @@ class FCMAE(nn.Module):
         Where the target is normalised, the prediction is given the true patch's mean and deviation.
         Arguments as for `forward`.
         """
-        mask, sites = self._mask(images, mask, generator)
-        pred = self._decode(images, mask, sites)
+        mask, sites, removed = self._mask(images, mask, generator)
+        _, pred = self._predict(self._decode(images, mask, sites), sites, removed)
         patches = self.patchify(images)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(patches)
@@ -202,28 +202,43 @@ class FCMAE(nn.Module):
             x = downsample(x, visible)
             visible = coarsen(visible)
             x = _masked(stage, x, visible)
-        return SparseTensor2d.from_dense(x, ActiveSites(sites.blocks, len(mask), sites.grid))
+        return SparseTensor2d.from_dense(x, _patches(sites))
 
     def _decode(self, images: Tensor, mask: Tensor, sites: ActiveSites) -> Tensor:
         x = self._encode(images, mask, sites)
         x = x.replace(F.linear(x.features, self.proj.weight.flatten(1), self.proj.bias))
-        x = self.decoder(x.dense(self.mask_token.flatten()))
-        return F.linear(x, self.pred.weight.flatten(1), self.pred.bias).flatten(1, 2)
+        return self.decoder(x.dense(self.mask_token.flatten()))
 
-    def _loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def _predict(self, x: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
+        """The predictions of the R removed patches, (R, p * p * c), and of all, (N, L, p * p * c).
+
+        The loss needs the former only. Computed apart, they spare its backward the products with
+        the zero gradients of visible patches.
+        """
+        weight, parts = self.pred.weight.flatten(1), (removed, _patches(sites))
+        rows = (SparseTensor2d.from_dense(x, part).features for part in parts)
+        hidden, shown = (F.linear(row, weight, self.pred.bias) for row in rows)
+        n, height, width = x.shape[:3]
+        image, row, column = torch.cat([part.blocks for part in parts]).long().unbind(1)
+        order = ((image * height + row) * width + column).argsort()
+        return hidden, torch.cat((hidden, shown))[order].view(n, height * width, -1)
+
+    def _loss(self, images: Tensor, pred: Tensor, removed: ActiveSites) -> Tensor:
+        (height, width), p = removed.grid, self.patch_size
+        patches = images.view(*images.shape[:2], height, p, width, p).permute(0, 2, 4, 3, 5, 1)
+        target = patches[removed.blocks.long().unbind(1)].flatten(1)
         # Half precision has too few digits for a mean over so many values.
         wide = torch.promote_types(pred.dtype, torch.float32)
-        target = self.patchify(images).to(wide)
+        target = target.to(wide)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(target)
             target = (target - mean) / deviation
-        error = (pred.to(wide) - target).square().mean(-1)
-        removed = mask.flatten(1).to(wide)
-        return (error * removed).sum() / removed.sum()
+        return F.mse_loss(pred.to(wide), target)
 
     def _mask(
         self, images: Tensor, mask: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, ActiveSites]:
+    ) -> tuple[Tensor, ActiveSites, ActiveSites]:
+        """The mask, the sites of the stem's map that it leaves, and the patches that it removes."""
         check_images("images", images, self.encoder.in_chans, 1)
         grid, n = self._grid("images", *images.shape[2:]), images.shape[0]
         if n == 0:
@@ -238,7 +253,8 @@ class FCMAE(nn.Module):
         else:
             _check_mask(mask, (n, *grid), images.device)
         block = self.patch_size // self.encoder.stem_stride
-        return mask, ActiveSites.from_patch_mask(mask, block, kept)
+        removed = ActiveSites.from_patch_mask(~mask, 1, None if kept is None else grid[0] * grid[1] - kept)
+        return mask, ActiveSites.from_patch_mask(mask, block, kept), removed
 
     def _visible(self, grid: tuple[int, int]) -> int:
         patches = grid[0] * grid[1]
@@ -260,6 +276,11 @@ def _masked(stage: nn.Sequential, x: Tensor, visible: Tensor) -> Tensor:
     for block in stage:
         x = block(x, visible)
     return x
+
+
+def _patches(sites: ActiveSites) -> ActiveSites:
+    """The blocks of sites as single sites: the visible patches."""
+    return ActiveSites(sites.blocks, sites.batch_size, sites.grid)
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 // CPU kernels of the depthwise convolution and of the LayerNorm after it: what is computed, cut into tasks. planes.h walks a
-// map, tiles.h holds the inner loops, packing.h turns the weights, layer_norm.h normalises.
+// map, tiles.h holds the inner loops, layer_norm.h normalises.
 #include "depthwise_conv/depthwise_conv.h"
 
 #include "common/simd.h"
+#include "common/transpose.h"
 #include "depthwise_conv/layer_norm.h"
-#include "depthwise_conv/packing.h"
 #include "depthwise_conv/planes.h"
 
 namespace convdit::CONVDIT_LEVEL {

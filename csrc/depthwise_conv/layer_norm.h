@@ -3,8 +3,8 @@
 // for its lanes to be added one after another.
 #pragma once
 #include "common/simd.h"
+#include "common/transpose.h"
 #include "depthwise_conv/depthwise_conv.h"
-#include "depthwise_conv/packing.h"
 #include "depthwise_conv/planes.h"
 
 namespace convdit::CONVDIT_LEVEL {

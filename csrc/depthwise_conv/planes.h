@@ -11,16 +11,6 @@ namespace {
 
 constexpr int64_t kStrip = 56;  // columns of the map in the ring at a time
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Part i of `total` things cut into `parts` of equal size but for one.
-struct Range {
-  int64_t first, last;
-};
-CONVDIT_INLINE Range part_of(int64_t total, int64_t parts, int64_t i) { return {total * i / parts, total * (i + 1) / parts}; }
-
 struct Map {
   int64_t height, width, channels, kernel;
 };
@@ -92,13 +82,16 @@ Plane plane_channels(int64_t channels, int64_t plane) {
   return {larger(0, smaller(plane * lanes<A>, channels - lanes<A>)), smaller(lanes<A>, channels)};
 }
 
-// Whether the tiles may read the map. Cache lines a multiple of 4 KiB apart share one set of the first-level cache, so with
+// Whether the tiles may read the map. The rows under the kernel should stay in the first-level cache for the next row, and
+// copied they take half the lines where a vector is half a line. Cache lines a multiple of 4 KiB apart share one set of the first-level cache, so with
 // 256 or 512 channels the window of a tile would fall into a few sets and evict itself: better copied.
 template <class T>
 bool reads_map(const Map& map, Plane plane) {
   using A = accum_t<T>;
   if (sizeof(T) != sizeof(A) || !tiles_skip_edges<A>(map.kernel) || plane.lanes < lanes<A>) return false;
   constexpr int64_t way = 4096, lines_a_set = 25;  // measured: more than there are ways, for the second-level cache helps
+  constexpr int64_t rows_lines = kVectorBytes < 64 ? 24 * 1024 / 64 : INT64_MAX;
+  if (smaller(map.width, kStrip) * map.kernel > rows_lines) return false;
   const int64_t bytes = map.channels * static_cast<int64_t>(sizeof(T)), apart = bytes & -bytes;  // the largest power of two in it
   const int64_t sets = way / smaller(larger(apart, 64), way), window = smaller(map.width, kMaxTile + 6) * map.kernel;
   return window <= lines_a_set * sets;

@@ -5,23 +5,13 @@
 // stay in registers as well, and the three columns beyond an edge of the map are skipped, not multiplied by zero: on a map
 // 7 columns wide they are a quarter of the taps.
 #pragma once
-#include <utility>
-
-#include "common/simd.h"
+#include "common/unroll.h"
 
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
 // Accumulators of a tile; with 7 weights and one value of x they fill the registers.
 constexpr int kMaxTile = kVectorRegisters == 32 ? 14 : 7;
-
-template <int N, class F>
-CONVDIT_INLINE void unroll(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f.template operator()<I>(), ...); }
-  (std::make_integer_sequence<int, N>{});
-}
-// A loop body over the compile-time index `i`.
-#define CONVDIT_UNROLLED(i) [&]<int i>() __attribute__((always_inline))
 
 // Which sides of a tile have neighbours: bit 0 the left, bit 1 the right.
 enum Sides : int { kAlone = 0, kHasLeft = 1, kHasRight = 2, kInner = 3 };

@@ -3,32 +3,18 @@
 // Kernels know float and double only: halves are copied to float32 first, since each feature is read about ten times.
 #pragma once
 #include "common/simd.h"
+#include "common/transpose.h"
+#include "common/unroll.h"
 #include "sparse_depthwise_conv/sparse_depthwise_conv.h"
 
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
-#define CONVDIT_FLAT __attribute__((always_inline))
-
-// f.operator()<0>(), ..., <N - 1>: a loop whose counter is a constant. The lambdas must be CONVDIT_FLAT, too.
-template <int N, int I = 0, class F>
-CONVDIT_INLINE void unroll(const F& f) {
-  if constexpr (I < N) {
-    f.template operator()<I>();
-    unroll<N, I + 1>(f);
-  }
-}
-
-constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int most(int a, int b) { return a > b ? a : b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // The specialised kernels: 7x7, blocks of 8, 4 and 2. Taps lie in memory as (channel vector, tap, lane).
 constexpr int kSide = 7, kHalf = 3, kTaps = 49;
 
 template <class A>
-int64_t vectors_of(int64_t channels) { return (channels + lanes<A> - 1) / lanes<A>; }
+int64_t vectors_of(int64_t channels) { return ceil_div(channels, lanes<A>); }
 
 // The first n lanes, at no cost where there are masks. Elsewhere the specialised kernels see whole vectors only, and the
 // channels left over go to the general ones.
@@ -52,13 +38,35 @@ CONVDIT_INLINE int32_t neighbor_site(const int32_t* table, int64_t block, int64_
   return q < 0 ? -1 : static_cast<int32_t>((q * block + down % block) * block + right % block);
 }
 
+// Three blocks side by side around an output block, at one vector of channels: where each lies, and which are there. Bits of
+// `sides`: 1 the left, 2 the middle, 4 the right.
+struct BlockRow {
+  const float *left, *middle, *right;
+  int sides;
+};
+template <int B>
+CONVDIT_INLINE BlockRow block_row(const int32_t* q, const float* x, int64_t channels) {
+  const auto at = [&](int32_t block) CONVDIT_FLAT { return x + int64_t{block} * B * B * channels; };
+  return {at(q[0]), at(q[1]), at(q[2]), (q[0] >= 0) | (q[1] >= 0) << 1 | (q[2] >= 0) << 2};
+}
+// Whether the column C, counted from the outputs' first, lies in a block that is there; and its value in row `row`.
+template <int B, int Sides>
+constexpr bool has_column(int C) {
+  return C >= -kHalf && C < B + kHalf && (Sides & (C < 0 ? 1 : C < B ? 2 : 4));
+}
+template <int B, int C>
+CONVDIT_INLINE Vec<float> load_column(const BlockRow& x, int row, int64_t channels, int64_t n) {
+  constexpr int column = C < 0 ? C + B : C < B ? C : C - B;
+  return load_some((C < 0 ? x.left : C < B ? x.middle : x.right) + (row * B + column) * channels, n);
+}
+
 constexpr int64_t kConvertedPerTask = 1 << 14;
 
 template <class H>
 void widen_all(const void* from, float* to, int64_t count, const Runner& run) {
   run((count + kConvertedPerTask - 1) / kConvertedPerTask, [&](int64_t task) {
     const int64_t first = task * kConvertedPerTask;
-    for_each_vector<float>(least(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
+    for_each_vector<float>(smaller(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
       constexpr bool kFull = decltype(full)::value;
       store_lanes<kFull>(to + first + i, load_lanes<kFull>(static_cast<const H*>(from) + first + i, n), n);
     });
@@ -69,7 +77,7 @@ template <class H>
 void narrow_all(const float* from, void* to, int64_t count, const Runner& run) {
   run((count + kConvertedPerTask - 1) / kConvertedPerTask, [&](int64_t task) {
     const int64_t first = task * kConvertedPerTask;
-    for_each_vector<float>(least(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
+    for_each_vector<float>(smaller(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
       constexpr bool kFull = decltype(full)::value;
       store_lanes<kFull>(static_cast<H*>(to) + first + i, load_lanes<kFull>(from + first + i, n), n);
     });

@@ -1,6 +1,7 @@
 // Forward of the sparse depthwise convolution (and, with the weight turned, its input gradient).
 //
-// Blocks of 8 and 4 keep a tile of outputs and one kernel row of weights in registers and walk the neighbouring blocks.
+// Blocks of 8 and 4 keep a few rows of outputs and one kernel row of weights in registers, and take three blocks side by side
+// at once, in a loop for each of the seven ways in which some of them may be absent.
 // Smaller blocks would spend their time on mispredicted branches that way: each block's present neighbours are listed
 // first, by the shape of their contribution, and the lists are walked for several channel vectors at once.
 #pragma once
@@ -20,20 +21,20 @@ struct Forward {
     const A* b = bias + vector * lanes<A>;
     return bias == nullptr ? Vec<A>{} : n == lanes<A> ? load(b) : load(b, n);
   }
-  int64_t lanes_of(int64_t vector) const { return least(p.channels - vector * lanes<A>, int64_t{lanes<A>}); }
+  int64_t lanes_of(int64_t vector) const { return smaller(p.channels - vector * lanes<A>, int64_t{lanes<A>}); }
 };
 
-// Adds what one kernel row brings from a block that lies Dx blocks to the right, to the output rows First..Last of a
-// tile of rows of B outputs. x: the block's row that output row First reads; weights: the kernel row.
-template <int B, int Dx, int First, int Last>
-CONVDIT_INLINE void add_rows(Vec<float>* out, const float* x, int64_t channels, const float* weights, int64_t n) {
+// ---- blocks of 8 and 4: R rows of B outputs at a time ---------------------------------------------------------------
+// Adds what one kernel row brings to the output rows First..Last; output row First reads the row `row` of x.
+template <int B, int First, int Last, int Sides>
+CONVDIT_INLINE void add_rows(Vec<float>* out, const BlockRow& x, int row, int64_t channels, const float* weights, int64_t n) {
   Vec<float> w[kSide];
   unroll<kSide>([&]<int k>() CONVDIT_FLAT { w[k] = load(weights + k * kFloats); });
   unroll<Last - First + 1>([&]<int r>() CONVDIT_FLAT {
-    unroll<B>([&]<int c>() CONVDIT_FLAT {
-      constexpr int column = c + Dx * B;  // counted from the outputs' first
-      if constexpr (column >= -kHalf && column < B + kHalf) {
-        const Vec<float> v = load_some(x + (r * B + c) * channels, n);
+    unroll<B + 2 * kHalf>([&]<int i>() CONVDIT_FLAT {
+      constexpr int column = i - kHalf;
+      if constexpr (has_column<B, Sides>(column)) {
+        const Vec<float> v = load_column<B, column>(x, row + r, channels, n);
         unroll<kSide>([&]<int k>() CONVDIT_FLAT {
           constexpr int o = column - k + kHalf;
           if constexpr (o >= 0 && o < B) out[(First + r) * B + o] += v * w[k];
@@ -43,67 +44,60 @@ CONVDIT_INLINE void add_rows(Vec<float>* out, const float* x, int64_t channels, 
   });
 }
 
-// ---- blocks of 8: two rows of outputs at a time (one where there are 16 registers) --------------------------------
-constexpr int kTileRows = kVectorRegisters >= 32 ? 2 : 1;
-
-// All kernel rows of the block at (dy, Dx), for the output rows top..top + kTileRows - 1.
-template <int Dx>
-CONVDIT_INLINE void add_block8(Vec<float>* out, const float* x, int dy, int top, int64_t channels, const float* weights, int64_t n) {
-  constexpr int B = 8;
-  const int enter = B * dy - top + kHalf;  // the kernel row with which output row `top` reads this block's row 0
-  const auto row = [&](int kh) CONVDIT_FLAT { return x + (kh - enter) * B * channels; };
+// All kernel rows with which output rows top..top + R - 1 read the blocks x, dy rows of blocks below.
+template <int B, int R, int Sides>
+CONVDIT_INLINE void add_block_row(Vec<float>* out, const BlockRow& x, int dy, int top, int64_t channels, const float* weights, int64_t n) {
+  const int enter = B * dy - top + kHalf;  // the kernel row with which output row `top` reads row 0 of the blocks
+  const int first = enter > 0 ? enter : 0;
   const auto taps = [&](int kh) CONVDIT_FLAT { return weights + kh * kSide * kFloats; };
-  if constexpr (kTileRows == 1) {
-    for (int kh = most(enter, 0); kh < least(enter + B, kSide); ++kh) add_rows<B, Dx, 0, 0>(out, row(kh), channels, taps(kh), n);
+  if constexpr (R == 1) {
+    for (int kh = first; kh < enter + B && kh < kSide; ++kh) add_rows<B, 0, 0, Sides>(out, x, kh - enter, channels, taps(kh), n);
   } else {
-    if (enter >= 1 && enter <= kSide) add_rows<B, Dx, 1, 1>(out, x, channels, taps(enter - 1), n);
-    for (int kh = most(enter, 0); kh < least(enter + B - 1, kSide); ++kh) add_rows<B, Dx, 0, 1>(out, row(kh), channels, taps(kh), n);
+    static_assert(R == 2);
+    if (enter >= 1 && enter <= kSide) add_rows<B, 1, 1, Sides>(out, x, 0, channels, taps(enter - 1), n);
+    for (int kh = first; kh < enter + B - 1 && kh < kSide; ++kh) add_rows<B, 0, 1, Sides>(out, x, kh - enter, channels, taps(kh), n);
     const int leave = enter + B - 1;
-    if (leave >= 0 && leave < kSide) add_rows<B, Dx, 0, 0>(out, row(leave), channels, taps(leave), n);
+    if (leave >= 0 && leave < kSide) add_rows<B, 0, 0, Sides>(out, x, B - 1, channels, taps(leave), n);
   }
 }
 
 inline void block8(const Forward<float>& f, int64_t block, int64_t vector, int64_t n) {
-  constexpr int B = 8;
+  constexpr int B = 8, R = kVectorRegisters >= 32 ? 2 : 1;
   const int64_t channels = f.p.channels, channel = vector * kFloats;
-  const int32_t* table = f.p.neighbors + block * 9;
   const float* weights = f.weight + vector * kTaps * kFloats;
   const Vec<float> bias = f.bias_of(vector, n);
-  for (int top = 0; top < B; top += kTileRows) {
-    Vec<float> out[kTileRows * B];
-    unroll<kTileRows * B>([&]<int i>() CONVDIT_FLAT { out[i] = bias; });
-    for (int dy = top < kHalf ? -1 : 0; dy <= (top + kTileRows - 1 + kHalf >= B ? 1 : 0); ++dy) {
-      const int32_t* q = table + (dy + 1) * 3;
-      const auto at = [&](int32_t row) CONVDIT_FLAT { return f.x + int64_t{row} * B * B * channels + channel; };
-      if (q[0] >= 0) add_block8<-1>(out, at(q[0]), dy, top, channels, weights, n);
-      if (q[1] >= 0) add_block8<0>(out, at(q[1]), dy, top, channels, weights, n);
-      if (q[2] >= 0) add_block8<1>(out, at(q[2]), dy, top, channels, weights, n);
+  for (int top = 0; top < B; top += R) {
+    Vec<float> out[R * B];
+    unroll<R * B>([&]<int i>() CONVDIT_FLAT { out[i] = bias; });
+    for (int dy = top < kHalf ? -1 : 0; dy <= (top + R - 1 + kHalf >= B ? 1 : 0); ++dy) {
+      const BlockRow x = block_row<B>(f.p.neighbors + block * 9 + (dy + 1) * 3, f.x + channel, channels);
+      unroll<7>([&]<int i>() CONVDIT_FLAT {
+        if (x.sides == i + 1) add_block_row<B, R, i + 1>(out, x, dy, top, channels, weights, n);
+      });
     }
     float* y = f.y + (block * B * B + top * B) * channels + channel;
-    unroll<kTileRows * B>([&]<int i>() CONVDIT_FLAT { store_some(y + i * channels, out[i], n); });
+    unroll<R * B>([&]<int i>() CONVDIT_FLAT { store_some(y + i * channels, out[i], n); });
   }
 }
 
-// ---- blocks of 4: a whole block of outputs at a time (half of one where there are 16 registers) -------------------
+// ---- blocks of 4: a whole block of outputs at a time (half of one where there are 16 registers), every loop unrolled ----
 template <int Top, int Rows>
 CONVDIT_INLINE void tile4(const Forward<float>& f, int64_t block, int64_t vector, int64_t n) {
   constexpr int B = 4;
   const int64_t channels = f.p.channels, channel = vector * kFloats;
-  const int32_t* table = f.p.neighbors + block * 9;
   const float* weights = f.weight + vector * kTaps * kFloats;
   const Vec<float> bias = f.bias_of(vector, n);
   Vec<float> out[Rows * B];
   unroll<Rows * B>([&]<int i>() CONVDIT_FLAT { out[i] = bias; });
   unroll<9>([&]<int neighbor>() CONVDIT_FLAT {
-    constexpr int dy = neighbor / 3 - 1, dx = neighbor % 3 - 1;
-    const int32_t q = table[neighbor];
-    if (q < 0) return;
-    const float* x = f.x + int64_t{q} * B * B * channels + channel;
+    constexpr int dy = neighbor / 3 - 1, column = neighbor % 3;
+    if (f.p.neighbors[block * 9 + neighbor] < 0) return;
+    const BlockRow x = block_row<B>(f.p.neighbors + block * 9 + (dy + 1) * 3, f.x + channel, channels);
     unroll<kSide>([&]<int k>() CONVDIT_FLAT {
       constexpr int shift = Top + k - kHalf - dy * B;  // output row r reads the block's row r + shift
-      constexpr int first = most(0, -shift), last = least(Rows - 1, B - 1 - shift);
+      constexpr int first = shift < 0 ? -shift : 0, last = B - 1 - shift < Rows - 1 ? B - 1 - shift : Rows - 1;
       if constexpr (first <= last)
-        add_rows<B, dx, first, last>(out, x + (first + shift) * B * channels, channels, weights + k * kSide * kFloats, n);
+        add_rows<B, first, last, 1 << column>(out, x, first + shift, channels, weights + k * kSide * kFloats, n);
     });
   });
   float* y = f.y + (block * B * B + Top * B) * channels + channel;
@@ -119,17 +113,42 @@ inline void block4(const Forward<float>& f, int64_t block, int64_t vector, int64
   }
 }
 
+// ---- blocks of 8 and 4 ----------------------------------------------------------------------------------------------
+// Fetches, while `vector` is computed, what is needed next: a part of the block that the next one is the first to read, to the
+// second-level cache, and the cache lines of this block that are written two vectors on.
+template <int B>
+CONVDIT_INLINE void prefetch_next(const Forward<float>& f, int64_t block, int64_t vector, int64_t vectors) {
+  constexpr int64_t area = B * B, line = 64 / sizeof(float);
+  const auto last_neighbor = [&](int64_t block) CONVDIT_FLAT {
+    const int32_t* q = f.p.neighbors + block * 9;
+    return q[8] >= 0 ? q[8] : q[7] >= 0 ? q[7] : q[6] >= 0 ? q[6] : q[5];
+  };
+  if (vector % (line / kFloats) == 0 && vector + line / kFloats < vectors) {
+    const float* y = f.y + block * area * f.p.channels + vector * kFloats + line;
+    for (int64_t i = 0; i < area; ++i) __builtin_prefetch(y + i * f.p.channels, 1, 3);
+  }
+  if (block + 1 == f.p.blocks) return;
+  const int64_t next = last_neighbor(block + 1);
+  if (next <= last_neighbor(block)) return;
+  const Range part = part_of(area * f.p.channels, vectors, vector);
+  for (int64_t i = part.first; i < part.last; i += line) __builtin_prefetch(f.x + next * area * f.p.channels + i, 0, 2);
+}
+
 template <int B>
 void forward_blocks(const Forward<float>& f, const Runner& run) {
   constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8, kVectorsAtOnce = 12;
   const int64_t blocks = f.p.blocks, vectors = special_vectors(f.p.channels);
-  run((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](int64_t task) {
-    const int64_t first = task * kBlocksPerTask, end = least(first + kBlocksPerTask, blocks);
-    // Few vectors at once, so that their weights stay in the first-level cache; block by block, as memory has them.
+  run(ceil_div(blocks, kBlocksPerTask), [&](int64_t task) {
+    const int64_t first = task * kBlocksPerTask, end = smaller(first + kBlocksPerTask, blocks);
+    // Few vectors at once, so that their weights stay in the first-level cache; block by block, as memory has them and as
+    // the same branches are taken for each vector.
     for (int64_t begin = 0; begin < vectors; begin += kVectorsAtOnce)
       for (int64_t block = first; block < end; ++block)
-        for (int64_t vector = begin; vector < least(begin + kVectorsAtOnce, vectors); ++vector)
-          B == 8 ? block8(f, block, vector, f.lanes_of(vector)) : block4(f, block, vector, f.lanes_of(vector));
+        for (int64_t vector = begin; vector < smaller(begin + kVectorsAtOnce, vectors); ++vector) {
+          prefetch_next<B>(f, block, vector, vectors);
+          if constexpr (B == 8) block8(f, block, vector, f.lanes_of(vector));
+          else block4(f, block, vector, f.lanes_of(vector));
+        }
   });
 }
 
@@ -209,7 +228,7 @@ inline void forward_blocks2(const Forward<float>& f, const Runner& run) {
   constexpr int V = kVectorRegisters >= 32 ? 4 : 2;
   const int64_t blocks = f.p.blocks, vectors = special_vectors(f.p.channels), full = f.p.channels / kFloats;
   run((blocks + kListedBlocks - 1) / kListedBlocks, [&](int64_t task) {
-    const int64_t first = task * kListedBlocks, count = least(kListedBlocks, blocks - first);
+    const int64_t first = task * kListedBlocks, count = smaller(kListedBlocks, blocks - first);
     Sources2 lists[kListedBlocks];
     for (int64_t i = 0; i < count; ++i) list_sources(f.p.neighbors + (first + i) * 25, lists[i]);
     int64_t vector = 0;
@@ -257,11 +276,11 @@ template <class A>
 void forward_sites(const Forward<A>& f, int64_t begin, const Runner& run) {
   constexpr int V = 4;
   const int64_t taps = f.p.kernel * f.p.kernel, radius = (f.p.kernel / 2 + f.p.block - 1) / f.p.block;
-  const int64_t rows = f.p.blocks * f.p.block * f.p.block, per_task = least(kRoom / taps, kListedSites);
+  const int64_t rows = f.p.blocks * f.p.block * f.p.block, per_task = smaller(kRoom / taps, kListedSites);
   const int64_t vectors = vectors_of<A>(f.p.channels), full = f.p.channels / lanes<A>;
   if (begin == vectors) return;
   run((rows + per_task - 1) / per_task, [&](int64_t task) {
-    const int64_t first = task * per_task, count = least(per_task, rows - first);
+    const int64_t first = task * per_task, count = smaller(per_task, rows - first);
     Source sources[kRoom + 1];
     Source* ends[kListedSites + 1];
     ends[0] = sources;
@@ -281,13 +300,9 @@ template <class A>
 void pack_weight(const SparseDepthwise& p, const Runner& run) {
   const int64_t taps = p.kernel * p.kernel;
   run(vectors_of<A>(p.channels), [&](int64_t vector) {
-    const int64_t n = least(p.channels - vector * lanes<A>, int64_t{lanes<A>});
-    const A* in = static_cast<const A*>(p.weight) + vector * lanes<A> * taps;
-    A* out = static_cast<A*>(p.workspace) + vector * lanes<A> * taps;
-    for (int64_t tap = 0; tap < taps; ++tap, out += lanes<A>) {
-      const A* from = in + (p.flip ? taps - 1 - tap : tap);
-      for (int64_t lane = 0; lane < lanes<A>; ++lane) out[lane] = lane < n ? from[lane * taps] : 0;
-    }
+    const int64_t channel = vector * lanes<A>;
+    pack_taps(static_cast<const A*>(p.weight) + channel * taps, smaller(p.channels - channel, lanes<A>), taps, p.flip,
+              static_cast<A*>(p.workspace) + channel * taps);
   });
 }
 

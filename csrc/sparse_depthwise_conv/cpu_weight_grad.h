@@ -20,7 +20,7 @@ struct WeightGrad {
     const int64_t rows = p.kernel * p.kernel + 1;
     return static_cast<A*>(p.workspace) + (chunk * vectors + vector) * rows * lanes<A>;
   }
-  int64_t lanes_of(int64_t vector) const { return least(p.channels - vector * lanes<A>, int64_t{lanes<A>}); }
+  int64_t lanes_of(int64_t vector) const { return smaller(p.channels - vector * lanes<A>, int64_t{lanes<A>}); }
 };
 
 struct Pair {
@@ -47,7 +47,7 @@ void add_bias_sums(A* sums, const A* grad, int64_t rows, int64_t channels, int64
 // to the right bring.
 template <int B, int Dx>
 struct Columns {
-  static constexpr int kLeft = most(0, Dx * B - (B - 1) + kHalf), kCount = least(kSide - 1, Dx * B + B - 1 + kHalf) - kLeft + 1;
+  static constexpr int kLeft = larger(0, Dx * B - (B - 1) + kHalf), kCount = smaller(kSide - 1, Dx * B + B - 1 + kHalf) - kLeft + 1;
 
   CONVDIT_INLINE static void add(Vec<float>* total, const float* grad, const float* in, int64_t channels, int64_t n) {
     Vec<float> d[B];
@@ -69,11 +69,11 @@ struct Columns {
 template <int V, int B, int Dx>
 void add_pairs(float* const* sums, const Pair* pairs, int count, int dy, const float* grad, const float* x, int64_t channels, int64_t n) {
   using C = Columns<B, Dx>;
-  for (int kh = most(0, dy * B - (B - 1) + kHalf); kh <= least(kSide - 1, dy * B + B - 1 + kHalf); ++kh) {
+  for (int kh = larger(0, dy * B - (B - 1) + kHalf); kh <= smaller(kSide - 1, dy * B + B - 1 + kHalf); ++kh) {
     const int shift = kh - kHalf - dy * B;  // output row r meets the input block's row r + shift
-    const int top = most(0, -shift), bottom = least(B - 1, B - 1 - shift);
+    const int top = larger(0, -shift), bottom = smaller(B - 1, B - 1 - shift);
     for (int first = top; first <= bottom; first += 4) {  // 4 rows: sums of more would lose digits
-      const int last = least(first + 3, bottom);
+      const int last = smaller(first + 3, bottom);
       Vec<float> total[V * C::kCount] = {};
       for (int i = 0; i < count; ++i) {
         const float* g = grad + (int64_t{pairs[i].out} * B + first) * B * channels;
@@ -169,15 +169,15 @@ void weight_grad_blocks(const WeightGrad<float>& w, const Runner& run) {
   const int64_t blocks = w.p.blocks, per_chunk = (blocks + w.chunks - 1) / w.chunks;
   const int64_t vectors = special_vectors(w.p.channels), full = w.p.channels / kFloats, ranges = (vectors + kVectorsPerTask - 1) / kVectorsPerTask;
   run(w.chunks * ranges, [&](int64_t task) {
-    const int64_t chunk = task / ranges, first = task % ranges * kVectorsPerTask, end = least(first + kVectorsPerTask, vectors);
+    const int64_t chunk = task / ranges, first = task % ranges * kVectorsPerTask, end = smaller(first + kVectorsPerTask, vectors);
     float* sums = w.sums(chunk, first);
     for (int64_t i = 0; i < (end - first) * (kTaps + 1) * kFloats; ++i) sums[i] = 0;
-    const int64_t last = least((chunk + 1) * per_chunk, blocks);
+    const int64_t last = smaller((chunk + 1) * per_chunk, blocks);
     Group<B> group;
     for (int64_t block = chunk * per_chunk; block < last; block += Group<B>::kBlocks) {
-      group.list(w.p.neighbors, block, least(block + Group<B>::kBlocks, last));
+      group.list(w.p.neighbors, block, smaller(block + Group<B>::kBlocks, last));
       int64_t vector = first;
-      for (; vector + V <= least(end, full); vector += V) add_group<V>(w, group, chunk, vector, kFloats);
+      for (; vector + V <= smaller(end, full); vector += V) add_group<V>(w, group, chunk, vector, kFloats);
       for (; vector < end; ++vector) add_group<1>(w, group, chunk, vector, w.lanes_of(vector));
     }
   });
@@ -213,7 +213,7 @@ void weight_grad_sites(const WeightGrad<A>& w, int64_t begin, const Runner& run)
   if (begin == w.vectors) return;
   run(w.chunks * kernel, [&](int64_t task) {
     const int64_t chunk = task / kernel, ky = task % kernel;
-    const int64_t top = least(chunk * per_chunk, w.p.blocks * area), bottom = least(top + per_chunk, w.p.blocks * area);
+    const int64_t top = smaller(chunk * per_chunk, w.p.blocks * area), bottom = smaller(top + per_chunk, w.p.blocks * area);
     for (int64_t vector = begin; vector < w.vectors; ++vector) {
       A* sums = w.sums(chunk, vector) + ky * kernel * lanes<A>;
       for (int64_t i = 0; i < kernel * lanes<A>; ++i) sums[i] = 0;
@@ -223,7 +223,7 @@ void weight_grad_sites(const WeightGrad<A>& w, int64_t begin, const Runner& run)
     for (int64_t first = top; first < bottom; first += kSitesPerGroup) {
       for (int64_t kx = 0; kx < kernel; ++kx) {
         int c = 0;
-        for (int64_t row = first; row < least(first + kSitesPerGroup, bottom); ++row) {
+        for (int64_t row = first; row < smaller(first + kSitesPerGroup, bottom); ++row) {
           const int32_t* table = w.p.neighbors + row / area * around;
           const int32_t q = block == 1 ? table[ky * kernel + kx]
                                        : neighbor_site(table, block, radius, row / block % block + ky - half, row % block + kx - half);
@@ -250,14 +250,11 @@ void add_chunks(const WeightGrad<A>& w, const Runner& run) {
   const int64_t taps = w.p.kernel * w.p.kernel;
   run(w.vectors, [&](int64_t vector) {
     const int64_t channel = vector * lanes<A>, n = w.lanes_of(vector);
-    A* weight = static_cast<A*>(w.p.grad_weight) + channel * taps;
-    for (int64_t tap = 0; tap <= taps; ++tap) {
-      Vec<A> total = load(w.sums(0, vector) + tap * lanes<A>);
-      for (int64_t chunk = 1; chunk < w.chunks; ++chunk) total += load(w.sums(chunk, vector) + tap * lanes<A>);
-      if (tap == taps) store(static_cast<A*>(w.p.grad_bias) + channel, total, n);
-      else
-        for (int64_t lane = 0; lane < n; ++lane) weight[lane * taps + tap] = total[lane];
-    }
+    A* const total = w.sums(0, vector);
+    for (int64_t chunk = 1; chunk < w.chunks; ++chunk)
+      for (int64_t tap = 0; tap <= taps; ++tap) add_to(total + tap * lanes<A>, load(w.sums(chunk, vector) + tap * lanes<A>));
+    unpack_taps(total, 0, n, taps, static_cast<A*>(w.p.grad_weight) + channel * taps);
+    store_lanes<false>(static_cast<A*>(w.p.grad_bias) + channel, load(total + taps * lanes<A>), n);
   });
 }
 
