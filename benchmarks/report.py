@@ -21,7 +21,8 @@ GRID = "grid"  # the bench whose rows are shown as one line an operator
 def heading(hello: dict, given: Selection, settings: list[str]) -> str:
     machine, about, versions = hello["machine"], hello["about"], hello["versions"]
     where = about["gpu"] if given.device == "cuda" else f"{about['cpu']}, {about['cores']} cores"
-    quick = "\n--quick: a sample of the rows, short runs, one setting of malloc" if given.quick else ""
+    quick = "\n--quick: a sample, short runs, one setting of malloc; blocks beside eager rivals only, and not judged"
+    quick = quick if given.quick else ""
     return (
         f"{where}; CPU level {versions['convdit']['cpu_level']}; PyTorch {versions['torch']}; "
         f"{given.threads} thread(s); malloc {' and '.join(settings)}\n{ceilings(machine)}{quick}"

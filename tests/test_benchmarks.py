@@ -255,6 +255,24 @@ def test_a_row_below_its_bar_is_measured_again_with_full_effort(monkeypatch):
     assert efforts == [1, 10, 1]
 
 
+def test_long_calls_are_timed_once_a_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(harness, "seconds_a_call", lambda f, _repeats, _wall: f() or 2.0)
+    times = harness.interleave([lambda: calls.append(0), lambda: calls.append(1)], 0.05, wall=True)
+    assert times == [[[2.0, 2.0]]] * 3 and calls == [0, 0, 1, 1, 0, 1, 1, 0]
+
+
+def test_a_quick_run_of_a_heavy_row_compiles_nothing_and_judges_nothing(monkeypatch):
+    monkeypatch.setattr(harness, "interleave", lambda functions, *_: [[[1.0] * len(functions)]] * 3)
+    row = suite.comparisons(suite.Selection(names=("dit",), match="forward S/2"))[0].comparison
+    assert row.heavy
+    work = harness.Work(print, {"DiT": print, "DiT, compile": print, "DiT, max-autotune": print})
+    row = replace(row, build=lambda: work)
+    assert list(harness.measure(row, MACHINE, "tuned", 1).rivals) == list(work.rivals)
+    quick = harness.measure(row, MACHINE, "tuned", 1, quick=True)
+    assert list(quick.rivals) == ["DiT"] and quick.met is None
+
+
 def test_of_two_malloc_settings_the_worse_ratio_counts():
     bar = bars.Bar(1.0)
     default = harness.Row("op", "forward", "1", "float32", 1, "default", 1.0, "eager", {"eager": 2.0}, 2.0, "PyTorch")

@@ -203,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
   T* const through = stages + tiles % 2 * Plan::kStage + own_row * kWidth;
   const int row = first + own_row;
   store_rows<kWidth>(through, grad_k, {{scale, scale}}, back.grad_k.from(row), head.tokens - row, head.width);
+  __syncwarp();  // before the same rows of the stage are written again
   store_rows<kWidth>(through, grad_v, {{1.f, 1.f}}, back.grad_v.from(row), head.tokens - row, head.width);
 }
 

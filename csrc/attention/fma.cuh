@@ -46,7 +46,6 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kOwnRows][kGroup
 template <int kOwnRows, int kGroups>
 __device__ __forceinline__ void share_weights(float* to, int own_row, const float (&weights)[kOwnRows][kGroups]) {
   const int lane = threadIdx.x % kWarp;
-  __syncwarp();  // those before may still be read
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r)
 #pragma unroll
@@ -237,6 +236,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
     }
     share_weights(weights, own_row, scores);
     add_weighted_rows<kWidth, Plan::kColumns>(grad_v, weights, own_row, grads_out);
+    __syncwarp();  // before the same weights are written again
     share_weights(weights, own_row, grads);
     add_weighted_rows<kWidth, Plan::kColumns>(grad_k, weights, own_row, queries);
     __syncthreads();  // before the next copies

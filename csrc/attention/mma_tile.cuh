@@ -146,7 +146,6 @@ __device__ __forceinline__ void store_rows(T* tile, const float (&sums)[kRowTile
       *reinterpret_cast<uint4*>(rows.first + row * rows.stride + chunk * Layout::kChunk) =
           *reinterpret_cast<const uint4*>(tile + Layout::at(row, chunk));
   }
-  __syncwarp();  // the rows may be written again
 }
 
 }  // namespace convdit::cuda

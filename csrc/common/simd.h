@@ -5,6 +5,7 @@
 //   Vec<float>, Vec<double>     arithmetic; lanes<A> of them
 //   load<A>(p), store(p, v)     any alignment; p may point to float, double, bf16 or f16: converted on the way
 //   load<A>(p, n), store(p, v, n)  the first n <= lanes<A> lanes; others load as 0 and are not stored
+//   stream(p, v)                for memory that is not read again soon: past the caches, where p is aligned to a vector
 //   splat, sum, vmax, exp, tanh, normal_cdf, normal_pdf
 #pragma once
 #include <cmath>
@@ -259,6 +260,31 @@ CONVDIT_INLINE void store(T* p, Vec<accum_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = narrow<T>(v[i]);
 }
 #endif
+
+// Stores that leave the caches alone, and so do not read the line first: a third of the traffic of a copy. p is aligned to
+// the vector as it lies in memory. stream_fence() orders them before whatever tells another thread of them.
+#if defined(__AVX512F__)
+CONVDIT_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+template <class H>
+CONVDIT_INLINE void stream(H* p, Vec<float> v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(v, H{})));
+}
+#elif defined(CONVDIT_AVX2)
+CONVDIT_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+template <class H>
+CONVDIT_INLINE void stream(H* p, Vec<float> v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v, H{})));
+}
+#else
+template <class T>
+CONVDIT_INLINE void stream(T* p, Vec<accum_t<T>> v) { store(p, v); }
+#endif
+CONVDIT_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
+CONVDIT_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // n lanes where n may also be all of them; `Full` is known at compile time.
 template <bool Full, class T>

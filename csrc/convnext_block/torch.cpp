@@ -14,8 +14,9 @@
 namespace convdit {
 namespace {
 
-// Small images go through together, as many as have this many sites: a product with few rows is slow.
-constexpr int64_t kSites = 800;
+// Small images go through together, as many as have this many sites: a product with few rows is slow. In the backward, as many
+// as have this many hidden values: there nothing is gained by going image by image, as the forward does where it folds.
+constexpr int64_t kSites = 800, kHiddenValues = 5 << 18;
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
@@ -57,7 +58,8 @@ struct Mlp {
 
   // u has the shape of the map and its device; the branch may have another dtype.
   Mlp(const Tensor& u, ScalarType branch, const Tensor& pwconv1_weight, const std::optional<Tensor>& pwconv1_bias,
-      const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias, double eps)
+      const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias, double eps,
+      bool backward = false)
       : eps(eps), batch(u.size(0)), sites(u.size(1) * u.size(2)), channels(u.size(3)), hidden(pwconv1_weight.size(0)), branch(branch) {
     weight1 = pointwise_weight("pwconv1_weight", pwconv1_weight, hidden, channels, branch, u);
     // The folding and the differentiated forms of GRN take one in any case.
@@ -65,7 +67,9 @@ struct Mlp {
     grn_weight = check_parameter("grn_weight", grn_weight_in, {hidden}, u), grn_bias = check_parameter("grn_bias", grn_bias_in, {hidden}, u);
     weight2 = pointwise_weight("pwconv2_weight", pwconv2_weight, channels, hidden, branch, u);
     if (pwconv2_bias) bias2 = check_parameter("pwconv2_bias", *pwconv2_bias, {channels}, u);
-    const int64_t fitting = std::max<int64_t>(kSites / std::max<int64_t>(sites, 1), 1), parts = std::max<int64_t>((batch + fitting - 1) / fitting, 1);
+    const int64_t wanted = backward ? kHiddenValues / std::max<int64_t>(hidden, 1) : kSites;
+    const int64_t fitting = std::max<int64_t>(wanted / std::max<int64_t>(sites, 1), 1);
+    const int64_t parts = std::max<int64_t>((batch + fitting - 1) / fitting, 1);
     images = (batch + parts - 1) / parts;
     fold = images == 1 && sites > channels;  // else scaling the hidden tensor is less work than scaling the weight
   }
@@ -241,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
   check_shape("grad", grad_in, {u_in.size(0), u_in.size(1), u_in.size(2), u_in.size(3)});
   check_dtype("grad", grad_in, u_in.scalar_type());
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
-  Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, std::nullopt, eps);
+  Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, std::nullopt, eps, true);
   const int64_t rows = mlp.batch * mlp.sites;
   check_shape("hidden", hidden_in, {rows, mlp.hidden});
   check_dtype("hidden", hidden_in, mlp.branch);

@@ -64,6 +64,7 @@ CASES = [
     block_case(2, 9, 8, 13, label="scaled in place"),
     block_case(3, 30, 29, 20, label="folded, image by image"),
     block_case(5, 20, 19, 16, label="three parts of two, two and one"),
+    block_case(3, 21, 20, 9, label="backward in two parts", hidden=1500, kernel=3),
     block_case(1, 3, 1, 40, label="one narrow map"),
     block_case(2, 1, 1, 24, label="one site"),
     block_case(2, 6, 5, 8, label="no biases", bias=False),
