@@ -52,7 +52,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m pytest -q tests/simt
 	$(BIN)/python -m tests.simt budget adaln depthwise_conv
 	$(BIN)/python -m tests.simt mutants adaln sites
-	$(BIN)/python -m tests.simt operators -q tests/ops
+	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants

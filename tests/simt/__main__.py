@@ -18,7 +18,7 @@ from typing import IO
 from . import build, mutants
 
 ROOMS = sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
-QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves"
+QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves or changes_nothing"
 
 
 def start(folder: Path, *arguments: str, output: IO | None = None, **environment: str) -> subprocess.Popen:
@@ -46,7 +46,9 @@ def sweep(rooms: list[str]) -> int:
     failed = 0
     for room in rooms or ROOMS:
         csrc, _ = mutants.mutated_tree(room)
-        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", f"tests/ops/test_{room}.py", "-k", QUICK_TESTS]
+        files = [f"{folder}/test_{room}.py" for folder in ("tests/ops", "tests/simt/operators")]
+        files = [f for f in files if (build.ROOT / f).exists()]
+        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", *files, "-k", QUICK_TESTS]
         failed += start(build.operators(csrc=csrc, only=room), *tests, SIMT_ROOM=room).wait() != 0
     return failed
 
