@@ -46,13 +46,13 @@ test-avx512: $(VENV)/.test
 	CONVDIT_LIBRARY_DIR=$(abspath build/avx512/lib) $(BIN)/python -m pytest -q tests/ops \
 	  -k "(equals_reference or error_rule) and not every_cpu_level"
 
-# The tests of the operators, over their CUDA kernels; the executor's own tests; what the kernels move and need; some of the mutants.
+# The operators' tests over their CUDA kernels; the executor's own tests; what the kernels move and need; some mutants.
 simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt operators --arch compute_90 -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
-	$(BIN)/python -m tests.simt budget
+	$(BIN)/python -m tests.simt budget adaln depthwise_conv
 	$(BIN)/python -m tests.simt mutants adaln sites
-	$(BIN)/python -m tests.simt operators -q tests/ops
+	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants

@@ -3,7 +3,7 @@
 operators [--arch compute_90] [pytest's arguments ...]: the tests of the operators, over their CUDA kernels; in as
     many processes as MAX_JOBS says
 mutants [room ...]: the same over kernels broken on purpose
-budget [--update]: what the kernels move and need, against budget.json
+budget [--update] [room ...]: what the kernels move and need, against budget.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import IO
 
 from . import build, mutants
 
-QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves"
+ROOMS = sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
+QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves or changes_nothing"
 
 
 def start(folder: Path, *arguments: str, output: IO | None = None, **environment: str) -> subprocess.Popen:
@@ -42,17 +43,22 @@ def operators(arguments: list[str]) -> int:
 
 
 def sweep(rooms: list[str]) -> int:
-    rooms = rooms or sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
     failed = 0
-    for room in rooms:
+    for room in rooms or ROOMS:
         csrc, _ = mutants.mutated_tree(room)
-        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", f"tests/ops/test_{room}.py", "-k", QUICK_TESTS]
+        files = [f"{folder}/test_{room}.py" for folder in ("tests/ops", "tests/simt/operators")]
+        files = [f for f in files if (build.ROOT / f).exists()]
+        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", *files, "-k", QUICK_TESTS]
         failed += start(build.operators(csrc=csrc, only=room), *tests, SIMT_ROOM=room).wait() != 0
     return failed
 
 
 def budget(arguments: list[str]) -> int:
-    return start(build.operators(), "tests.simt.budget", *arguments).wait()
+    rooms = [a for a in arguments if a != "--update"]
+    if not rooms:
+        return start(build.operators(), "tests.simt.budget", *arguments, *ROOMS).wait()
+    update = [a for a in arguments if a == "--update"]
+    return any([start(build.operators(only=r), "tests.simt.budget", *update, r).wait() for r in rooms])
 
 
 def main(arguments: list[str]) -> int:

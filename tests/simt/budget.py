@@ -1,4 +1,4 @@
-"""What each kernel moves and needs, held against tests/simt/budget.json: `python -m tests.simt budget [--update]`.
+"""What each kernel moves and needs, held against tests/simt/budget.json.
 
 Of each kernel at each shape, counted on the executor: 32-byte sectors of global memory and wavefronts of shared memory
 against the fewest for the bytes asked for; bytes moved against bytes that must move once; instructions. From ptxas:
@@ -23,8 +23,8 @@ LARGER_IS_WORSE = ("sectors", "wavefronts", "moved", "instructions", "registers"
 TOLERANCE = 1.005
 
 
-def calls() -> Iterator[tuple[str, Callable, list]]:
-    """Operators, each at a shape: name, function, inputs. Small, as the executor is slow; whole vectors and tiles."""
+def calls() -> Iterator[tuple[str, str, Callable, list]]:
+    """Room, operator and shape, function, inputs. Small, as the executor is slow; whole vectors and tiles."""
     import torch
 
     from convdit import ops
@@ -36,17 +36,21 @@ def calls() -> Iterator[tuple[str, Callable, list]]:
         kind = str(dtype).removeprefix("torch.")
         rows, columns = (2, 32, 768), (2, 768)
         vectors = [torch.randn(*columns) for _ in range(3)]
-        yield f"layer_norm_modulate 2x32x768 {kind}", ops.layer_norm_modulate, [randn(dtype, *rows), *vectors[:2]]
+        modulate = [randn(dtype, *rows), *vectors[:2]]
+        yield "adaln", f"layer_norm_modulate 2x32x768 {kind}", ops.layer_norm_modulate, modulate
         yield (
+            "adaln",
             f"gated_residual_layer_norm_modulate 2x32x768 {kind}",
             ops.gated_residual_layer_norm_modulate,
             [randn(dtype, *rows), randn(dtype, *rows), *vectors],
         )
         conv = [randn(dtype, 1, 28, 28, 96), torch.randn(96, 1, 7, 7), *(torch.randn(96) for _ in range(3))]
-        yield f"depthwise_conv2d_layer_norm 1x28x28x96 {kind}", ops.depthwise_conv2d_layer_norm, conv
+        name = f"depthwise_conv2d_layer_norm 1x28x28x96 {kind}"
+        yield "depthwise_conv", name, ops.depthwise_conv2d_layer_norm, conv
         grn = [randn(dtype, 2, 14, 14, 384), torch.randn(384), torch.randn(384)]
-        yield f"gelu_grn 2x14x14x384 {kind}", ops.gelu_grn, grn
+        yield "grn", f"gelu_grn 2x14x14x384 {kind}", ops.gelu_grn, grn
         yield (
+            "attention",
             f"packed_attention 1x128x2x64 {kind}",
             lambda qkv: ops.packed_attention(qkv, 2),
             [randn(dtype, 1, 128, 3 * 128)],
@@ -90,8 +94,8 @@ def occupancy(registers: int, shared: int, threads: int) -> float:
     return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """By "operator and shape: kernel". Runs in a process that has the operators of CONVDIT_LIBRARY_DIR."""
+def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
+    """By "room: operator and shape: kernel". Runs in a process that has the operators of CONVDIT_LIBRARY_DIR."""
     import torch
 
     import convdit  # noqa: F401  (loads the library)
@@ -103,10 +107,12 @@ def measure() -> dict[str, dict[str, float]]:
     library = Library(folder / "libconvdit_ops.so")
     library.set_counting(True)
     static = {}
-    for cuda in sorted((build.ROOT / "csrc").glob("*/cuda.cu")):
-        static |= ptxas(build.nvcc_output(cuda, "compute_80", build.ROOT / "csrc"))
+    for room in rooms:
+        static |= ptxas(build.nvcc_output(build.ROOT / "csrc" / room / "cuda.cu", "compute_80", build.ROOT / "csrc"))
     rows = {}
-    for name, function, inputs in calls():
+    for room, name, function, inputs in calls():
+        if room not in rooms:
+            continue
         library.clear()
         inputs = [t.requires_grad_() for t in inputs]
         outputs = function(*inputs)
@@ -119,7 +125,7 @@ def measure() -> dict[str, dict[str, float]]:
             row = counted(launch, library.kernels[kernel])
             row |= {k: static[kernel][k] for k in ("registers", "spills")}
             row["occupancy"] = occupancy(static[kernel]["registers"], launch["shared"], launch["threads"])
-            key = f"{name}: {short(library.demangled[kernel])}"
+            key = f"{room}: {name}: {short(library.demangled[kernel])}"
             rows[key if key not in rows else f"{key} (again)"] = row
     return rows
 
@@ -157,16 +163,21 @@ def worse(now: dict, before: dict) -> list[str]:
     return sorted(found)
 
 
-def main(update: bool) -> int:
-    now = measure()
+def main(arguments: list[str]) -> int:
+    """`--update`: write what is measured. Rooms: these alone; their rows of the budget alone count."""
+    update, rooms = "--update" in arguments, [a for a in arguments if a != "--update"]
+    now = measure(rooms)
+    everything = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    before = {key: row for key, row in everything.items() if key.split(":")[0] in rooms}
     if update:
-        BUDGET.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+        kept = {key: row for key, row in everything.items() if key not in before}
+        BUDGET.write_text(json.dumps(kept | now, indent=1, sort_keys=True) + "\n")
         print(f"{len(now)} launches written to {BUDGET.relative_to(build.ROOT)}")
         return 0
-    found = worse(now, json.loads(BUDGET.read_text()))
+    found = worse(now, before)
     print("\n".join([*found, f"budget: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"]))
     return bool(found)
 
 
 if __name__ == "__main__":
-    sys.exit(main("--update" in sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -113,13 +113,13 @@ def relative(path: str) -> str:
     return str(p.relative_to(ROOT)) if p.is_relative_to(ROOT) else str(p)
 
 
-def compile_cpp(text: str, name: str, compiler: list[str], depends: str = "") -> Path:
-    """An object file of C++ text. `compiler`: the command and its flags; `depends`: what the text includes."""
+def compile_cpp(text: str, name: str, compiler: list[str], depends: str = "", include: tuple[str, ...] = ()) -> Path:
+    """An object of C++ text. `compiler`: command and flags; `depends`: what the text includes, by way of `include`."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
         (folder / f"{name}.cpp").write_text(text)
-        run([*compiler, "-c", f"-I{RUNTIME}", f"{name}.cpp", "-o", f"{name}.o"], cwd=folder)
+        run([*compiler, *include, "-c", f"-I{RUNTIME}", f"{name}.cpp", "-o", f"{name}.o"], cwd=folder)
 
     return made(BUILD / "objects" / f"{name}-{digest(text, depends, *compiler, machine())}", make) / f"{name}.o"
 
@@ -204,14 +204,13 @@ def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only
     torch_folder = Path(torch.__file__).parent
     rooms = sorted(p.parent for p in csrc.glob("*/torch.cpp"))
     cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists() and only in (None, r.name)]
-    include = ["-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{csrc}"]
+    include = ("-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{csrc}")
     compiler = [
         nvcc(),
         "-std=c++20",
         "-O1",
         "-Xcompiler",
         "-fPIC,-w",
-        *include,
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
     device = ["-include", "torch_device.h"]
@@ -224,7 +223,8 @@ def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only
             (room / "torch.cpp").read_text(),
             f"{room.name}-torch",
             [*compiler, *device, *(cuda if room in cuda_rooms else [])],
-            source_text(room / "torch.cpp", csrc) + headers() + torch.__version__,
+            source_text(room / "torch.cpp", csrc) + (RUNTIME / "torch_device.h").read_text() + torch.__version__,
+            include,
         )
         for room in rooms
     ]
@@ -236,12 +236,7 @@ def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only
         table |= kernel_table
     objects += [b.result() for b in bindings]
     objects += runtime_objects(cuda_runtime(), memory)
-    flags = [
-        f"-L{torch_folder / 'lib'}",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
+    flags = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     library = link(objects, "libconvdit_ops.so", flags, table)
     information = list((ROOT / "convdit").glob("_C.*.so"))
     if not information:

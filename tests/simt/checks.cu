@@ -103,6 +103,10 @@ __global__ void some_threads_skip_a_barrier(float* y, int n) {
 __global__ void some_lanes_miss_a_shuffle(float* y, int n) {
   if (threadIdx.x < n) y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, threadIdx.x, 1);  // bad: DEADLOCK
 }
+__global__ void some_lanes_shuffle_before_a_barrier(float* y, int n) {
+  if (threadIdx.x >= n) __syncthreads();
+  y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, threadIdx.x, 1);  // bad: DEADLOCK
+}
 __global__ void shuffles_from_outside_the_mask(float* y, unsigned mask, int lane) {
   if (mask >> threadIdx.x & 1) y[threadIdx.x] = __shfl_sync(mask, threadIdx.x, lane);  // bad: SHUFFLE FROM A LANE NOT IN THE MASK
 }

@@ -49,12 +49,14 @@ class Mutant:
     line: int
     code: str
     change: str
+    nth: int  # from 0, of those of this change in the line
 
-    def key(self) -> tuple[str, str, str]:
-        return self.file, self.code, self.change
+    def key(self) -> tuple[str, str, str, int]:
+        return self.file, self.code, self.change, self.nth
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.change}: {self.code}"
+        nth = f" ({self.nth + 1}.)" if self.nth else ""
+        return f"{self.file}:{self.line}: {self.change}{nth}: {self.code}"
 
 
 def device_lines(text: str) -> set[int]:
@@ -81,7 +83,8 @@ def mutate(text: str, file: str, first: int) -> tuple[str, list[Mutant]]:
                     continue
 
                 def switch(match: re.Match, replacement=replacement, change=change, line=line, i=i) -> str:
-                    mutants.append(Mutant(first + len(mutants), file, i + 1, line.strip(), change))
+                    nth = sum(m.line == i + 1 and m.change == change for m in mutants)
+                    mutants.append(Mutant(first + len(mutants), file, i + 1, line.strip(), change, nth))
                     return replacement.format(n=mutants[-1].number, call=match["call"])
 
                 code = pattern.sub(switch, code)
@@ -119,6 +122,6 @@ def mutated_tree(room: str) -> tuple[Path, list[Mutant]]:
     return tree, [m for m in mutants if str(m.number) in ptx]
 
 
-def equivalent() -> dict[tuple[str, str, str], str]:
+def equivalent() -> dict[tuple[str, str, str, int], str]:
     rows = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else []
-    return {(r["file"], r["code"], r["change"]): r["reason"] for r in rows}
+    return {(r["file"], r["code"], r["change"], r["nth"]): r["reason"] for r in rows}

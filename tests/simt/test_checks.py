@@ -80,6 +80,7 @@ BAD = [
     ("blocks_add_to_one_place", 4, 1, lambda k: (floats(k), 0), "RACE BETWEEN BLOCKS: read after a write", (1, 0)),
     ("some_threads_skip_a_barrier", 1, 64, lambda k: (floats(k), 32), "THREADS OF A BLOCK WAIT", (0, 32)),
     ("some_lanes_miss_a_shuffle", 1, 32, lambda k: (floats(k), 31), "DEADLOCK", (0, 0)),
+    ("some_lanes_shuffle_before_a_barrier", 1, 32, lambda k: (floats(k), 16), "DEADLOCK", (0, 0)),
     ("shuffles_from_outside_the_mask", 1, 32, lambda k: (floats(k), MASK(0xFF), 8), "SHUFFLE FROM A LANE", (0, 0)),
     ("votes_without_being_in_the_mask", 1, 1, lambda k: (floats(k), MASK(0x2)), "LANE NOT IN ITS OWN MASK", (0, 0)),
     ("names_lanes_that_do_not_exist", 1, 16, lambda k: (floats(k), MASK(0xFFFFFFFF)), "MASK NAMES A LANE", (0, 0)),

@@ -43,8 +43,13 @@ def test_each_place_gets_one_switch():
     assert [lines[i] for i in range(7)] == SOURCE.split("\n")[:7]
 
 
+def test_places_of_one_line_are_told_apart():
+    _, found = mutants.mutate("__device__ bool inside(int a, int b) {\n  return a < 3 && b < 4;\n}", "a.cu", 1)
+    assert [(m.change, m.nth) for m in found] == [("bound raised by one", 0), ("bound raised by one", 1)]
+
+
 def test_every_equivalent_mutant_has_a_reason_and_its_line():
-    for (file, code, change), reason in mutants.equivalent().items():
+    for (file, code, change, _nth), reason in mutants.equivalent().items():
         lines = [line.strip() for line in (mutants.build.ROOT / file).read_text().split("\n")]
         assert code in lines and reason and change in [c for _, _, c in mutants.RULES]
 
