@@ -7,12 +7,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test test-avx512 bench lint clean
+.PHONY: help demo test test-avx512 simt mutants bench lint clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
 	@echo "make test-avx512  test the code for AVX-512 on a CPU without it"
-	@echo "make bench     time the operators against PyTorch"
+	@echo "make simt      run the CUDA kernels without a GPU, every access checked; needs nvcc, not a GPU"
+	@echo "make mutants   break those kernels one place at a time, to see that the tests notice; up to an hour"
+	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
 
@@ -44,8 +46,19 @@ test-avx512: $(VENV)/.test
 	CONVDIT_LIBRARY_DIR=$(abspath build/avx512/lib) $(BIN)/python -m pytest -q tests/ops \
 	  -k "(equals_reference or error_rule) and not every_cpu_level"
 
+# The tests of the operators, over their CUDA kernels; the executor's own tests; what the kernels move and need; some of the mutants.
+simt: $(VENV)/.test
+	$(BIN)/python -m tests.simt operators --arch compute_90 -q tests/ops -k "equals_reference or error_rule"
+	$(BIN)/python -m pytest -q tests/simt
+	$(BIN)/python -m tests.simt budget
+	$(BIN)/python -m tests.simt mutants adaln sites
+	$(BIN)/python -m tests.simt operators -q tests/ops
+
+mutants: $(VENV)/.test
+	$(BIN)/python -m tests.simt mutants
+
 bench: $(VENV)/.test
-	$(BIN)/python -m benchmarks
+	$(BIN)/convdit bench --out benchmarks/results
 
 lint: $(BIN)/python
 	@$(BIN)/python -m pip install -q ruff

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -64,4 +64,9 @@ class CMakeBuild(build_ext):
             os.replace(whole, ROOT / "convdit" / library.name)
 
 
-setup(ext_modules=[Extension("convdit._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["convdit*"]), "convdit.benchmarks"],
+    package_dir={"convdit.benchmarks": "benchmarks"},  # for `convdit bench` where it is installed
+    ext_modules=[Extension("convdit._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

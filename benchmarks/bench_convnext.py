@@ -22,7 +22,7 @@ def comparisons() -> Iterator[Comparison]:
         shape, quick = f"C={channels}, {side}x{side}", channels == 384
         for what, build in (("forward", block_forward), ("step", block_step)):
             yield Comparison(
-                "ConvNeXt V2 block", what, shape, torch.float32, partial(build, side, channels), quick=quick
+                "ConvNeXt V2 block", what, shape, torch.float32, partial(build, side, channels), quick=quick, heavy=True
             )
         if channels in (96, 384):
             build = partial(block_forward, side, channels, dtype=torch.bfloat16)
@@ -33,9 +33,9 @@ def comparisons() -> Iterator[Comparison]:
         yield Comparison("ConvNeXt V2 model", "step", f"{size}; 8x224x224", torch.float32, partial(training, name))
 
 
-def block_pair(channels: int, dtype: torch.dtype) -> tuple[ConvNeXtBlock, dict[str, nn.Module]]:
+def block_pair(channels: int, dtype: torch.dtype, autotune: bool = False) -> tuple[ConvNeXtBlock, dict[str, nn.Module]]:
     ours = rivals.randomise(ConvNeXtBlock(channels, dtype=dtype))
-    return ours, rivals.eager_and_compiled("timm", rivals.convnext_block(ours))
+    return ours, rivals.eager_and_compiled("timm", rivals.convnext_block(ours), autotune)
 
 
 def block_cost(n: int, side: int, channels: int, dtype: torch.dtype) -> dict[str, float]:
@@ -49,7 +49,7 @@ def block_cost(n: int, side: int, channels: int, dtype: torch.dtype) -> dict[str
 
 
 def block_forward(side: int, channels: int, n: int = 8, dtype: torch.dtype = torch.float32) -> Work:
-    ours, theirs = block_pair(channels, dtype)
+    ours, theirs = block_pair(channels, dtype, autotune=dtype == torch.float32 and side <= 14)
     x = torch.randn(n, side, side, channels, dtype=dtype)
     functions = {k: without_grad(_last(f), x) for k, f in theirs.items()}
     return Work(without_grad(ours, x), functions, **block_cost(n, side, channels, dtype))

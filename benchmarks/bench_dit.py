@@ -19,16 +19,18 @@ SIZES = {"S/2": (8, 256, 384, 6), "XL/2": (2, 256, 1152, 16)}  # sequences, toke
 def comparisons() -> Iterator[Comparison]:
     for label, size in SIZES.items():
         shape = f"{label}; {'x'.join(map(str, size[:3]))}"
-        yield Comparison("DiT block", "forward", shape, torch.float32, partial(forward, *size), quick=label == "S/2")
+        yield Comparison(
+            "DiT block", "forward", shape, torch.float32, partial(forward, *size), quick=label == "S/2", heavy=True
+        )
         yield Comparison("DiT block", "step", shape, torch.float32, partial(step, *size))
 
 
 def pair(
-    b: int, t: int, d: int, heads: int
+    b: int, t: int, d: int, heads: int, autotune: bool = False
 ) -> tuple[DiTBlock, dict[str, nn.Module], dict[str, Callable], list[Tensor]]:
     """Our block; each rival, and how to call it; x and the condition."""
     ours = rivals.randomise(DiTBlock(d, heads))
-    modules = rivals.eager_and_compiled("DiT", rivals.DiTBlock(ours, heads))
+    modules = rivals.eager_and_compiled("DiT", rivals.DiTBlock(ours, heads), autotune)
     modules |= rivals.eager_and_compiled("diffusers", rivals.diffusers_dit_block(ours, heads))
     calls = {k: (lambda x, c, m=m: m(x, timestep=c)) if k.startswith("diffusers") else m for k, m in modules.items()}
     return ours, modules, calls, [torch.randn(b, t, d), torch.randn(b, d)]
@@ -40,7 +42,7 @@ def cost(b: int, t: int, d: int) -> dict[str, float]:
 
 
 def forward(b: int, t: int, d: int, heads: int) -> Work:
-    ours, _, calls, inputs = pair(b, t, d, heads)
+    ours, _, calls, inputs = pair(b, t, d, heads, autotune=d < 1000)
     functions = {k: without_grad(f, *inputs) for k, f in calls.items()}
     return Work(without_grad(ours, *inputs), functions, **cost(b, t, d))
 

@@ -28,7 +28,9 @@ def comparisons() -> Iterator[Comparison]:
         name, quick = f"convnextv2_{size}", size == "atto"
         yield Comparison("FCMAE model", "step", f"{size}; 8x224x224, 19/49", torch.float32, partial(training, name))
         build = partial(encoder_blocks, name)
-        yield Comparison("FCMAE encoder blocks", "step", f"{size}; 8x224x224, 20/49", torch.float32, build, quick=quick)
+        yield Comparison(
+            "FCMAE encoder blocks", "step", f"{size}; 8x224x224, 20/49", torch.float32, build, quick=quick, heavy=True
+        )
 
 
 def training(name: str, n: int = 8, side: int = 224, lr: float = 1e-4, decoder_dim: int = 512, **options) -> Work:

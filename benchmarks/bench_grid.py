@@ -1,7 +1,7 @@
 """Coverage: every operator in float32 and bfloat16, over batches, channels and map sizes, against eager PyTorch.
 
 No cell should be slower than 0.95 of eager; shapes are not chosen to suit the kernels. A cell of which one call takes
-more than a second is left out, and said so: products of large matrices, which are PyTorch's on both sides.
+more than half a second is left out, and said so: products of large matrices, which are PyTorch's on both sides.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def comparisons() -> Iterator[Comparison]:
                 quick=(dtype, n, c, h) == (torch.float32, 1, 96, 14),
                 malloc=("tuned",),
                 effort=0.05,
-                limit=1.0,
+                limit=0.5,
             )
 
 

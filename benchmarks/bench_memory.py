@@ -61,6 +61,8 @@ def block_inference() -> Work:
 
 def peak(case: str, who: str, options: dict) -> float:
     """Measured by this file run as a program."""
+    if torch.get_default_device().type != "cpu":
+        raise NotImplementedError("resident memory is the CPU's")
     command = [sys.executable, "-m", __name__, json.dumps([case, who, options])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     return float(done.stdout)

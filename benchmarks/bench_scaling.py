@@ -44,6 +44,8 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def two_threads(build: Callable[[], Work]) -> Work:
+    if torch.get_default_device().type != "cpu":
+        raise NotImplementedError("threads are the CPU's")
     ours = build().ours
     return Work(with_threads(2, ours), {"one thread": with_threads(1, ours)}, wall=True)
 

@@ -35,9 +35,13 @@ def comparisons() -> Iterator[Comparison]:
         yield Comparison("sparse_depthwise_conv2d", "forward", shape, torch.float32, build, "spconv", threads=1)
 
 
-def sparse_conv(what: str, against: str, side: int, channels: int, n: int = dense.N) -> Work:
+def draw_sites(side: int, n: int) -> ActiveSites:
     mask = random_patch_mask(n, (GRID, GRID), 1 - (VISIBLE + 0.5) / GRID**2)
-    sites = ActiveSites.from_patch_mask(mask, side // GRID, VISIBLE)
+    return ActiveSites.from_patch_mask(mask, side // GRID, VISIBLE)
+
+
+def sparse_conv(what: str, against: str, side: int, channels: int, n: int = dense.N) -> Work:
+    sites = draw_sites(side, n)
     features, weight, bias = torch.randn(len(sites), channels), torch.randn(channels, 1, 7, 7), torch.randn(channels)
     x = SparseTensor2d(features, sites).dense()
     taps = int((sites.site_neighbors(3) >= 0).sum())

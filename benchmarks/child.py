@@ -43,7 +43,7 @@ def main() -> None:
         torch.manual_seed(0)
         torch._dynamo.reset()  # each row compiles anew, and none reaches the limit of recompilations
         try:
-            answer(row=measure(comparison, machine, given.malloc, given.seconds).as_json())
+            answer(row=measure(comparison, machine, given.malloc, given.seconds, given.quick).as_json())
         except (NotImplementedError, ImportError, TooLong) as error:  # not on this device, or a rival not installed
             answer(note=str(error).strip().splitlines()[0])
         except Exception:

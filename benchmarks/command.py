@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 
 from . import report, suite
 from .harness import Row, worse
+from .machine import describe
 
 # glibc gives large blocks back to the system when they are freed, and each fresh tensor then faults its pages in again.
 # With raised thresholds it keeps them: rivals that allocate much look better, so this is the harder setting.
@@ -74,8 +76,6 @@ def main(given: Namespace) -> int:
     """The command, from its parsed arguments."""
     if given.threads < 1:
         raise ValueError(f"threads: expected at least 1, got {given.threads}")
-    if given.out and Path(given.out).suffix != ".json":
-        raise ValueError(f"out: expected a name ending in .json, got {given.out}")
     selection = suite.Selection(
         tuple(given.names),
         given.match,
@@ -88,7 +88,10 @@ def main(given: Namespace) -> int:
         print(*(entry.label for entry in suite.comparisons(selection)), sep="\n")
         return 0
     command = " ".join(["convdit bench", *(shlex.quote(a) for a in sys.argv[1:] if a != "bench")])
-    return run(selection, Path(given.out) if given.out else None, command)
+    out = Path(given.out) if given.out else None
+    if out and out.suffix != ".json":
+        out = out / default_name()
+    return run(selection, out, command)
 
 
 def run(given: suite.Selection, out: Path | None, command: str) -> int:
@@ -138,9 +141,7 @@ def merge(entry: suite.Entry, answers: list[dict]) -> dict:
     return label | counts.as_json() | {"ratios": {row.malloc: row.ratio for row in rows}}
 
 
-def default_out() -> Path:
-    """benchmarks/results/<date>-<cpu>.json"""
-    from .machine import describe
-
-    cpu = "-".join("".join(c if c.isalnum() else " " for c in str(describe()["cpu"])).lower().split())
-    return Path("benchmarks/results") / f"{datetime.now(timezone.utc):%Y-%m-%d}-{cpu}.json"
+def default_name() -> str:
+    """<date>-<cpu>.json"""
+    cpu = "-".join(re.findall("[a-z0-9]+", str(describe()["cpu"]).lower()))
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}-{cpu}.json"

@@ -17,12 +17,13 @@ import torch
 import torch._functorch.config
 
 from .bars import Bar, find_bar
+from .clock import Function, enough_repeats, seconds_a_call
 from .machine import Machine
 
 torch._functorch.config.donated_buffer = False  # a compiled graph's backward is called more than once here
 
 RUNS = 3
-Function = Callable[[], object]
+COMPILED = ("compile", "max-autotune")  # in the names of rivals
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Comparison:
     build: Callable[[], Work]
     against: str = "PyTorch"  # PyTorch | own dense | spconv | one thread | eager, of the grid
     quick: bool = False  # a row of --quick too
+    heavy: bool = False  # --quick leaves out its compiled rivals, which take long to compile, and its bar with them
     threads: int | None = None  # when not those of the run
     malloc: tuple[str, ...] = ("default", "tuned")  # the settings to measure under
     effort: float = 1  # share of the usual time; a row below its bar is then measured again with all of it
@@ -112,48 +114,24 @@ class Row:
         return cls(what=data.pop("pass"), ours=data.pop(f"ours_{unit}"), rivals=data.pop(f"rivals_{unit}"), **data)
 
 
-def seconds_a_call(function: Function, repeats: int, wall: bool) -> float:
-    """Mean time of `repeats` calls."""
-    if torch.get_default_device().type == "cuda":
-        return device_seconds(function, repeats)
-    clock = time.perf_counter if wall else time.process_time
-    start = clock()
-    for _ in range(repeats):
-        function()
-    return (clock() - start) / repeats
-
-
-def device_seconds(function: Function, repeats: int) -> float:
-    """Mean time of `repeats` calls on the CUDA device, each with a cold cache. No GPU has run this yet."""
-    flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8)
-    total = 0.0
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        total += start.elapsed_time(end) / 1e3
-    return total / repeats
-
-
 def interleave(
     functions: list[Function], seconds: float, wall: bool, limit: float | None = None
 ) -> list[list[list[float]]]:
     """times[run][turn][function]; about `seconds` in all, a turn a run at least. Odd turns go backwards."""
-    repeats = []
+    once = []
     for function in functions:
         function()
-        once = seconds_a_call(function, 1, wall)
-        if limit is not None and once > limit:
-            raise TooLong(f"left out: one call takes {once:.1f} s")
-        repeats.append(max(1, int(0.004 / max(once, 1e-6))))
+        once.append(seconds_a_call(function, 1, wall))
+        if limit is not None and once[-1] > limit:
+            raise TooLong(f"left out: one call takes {once[-1]:.1f} s")
+    repeats = [enough_repeats(t) for t in once]
     times: list[list[list[float]]] = [[] for _ in range(RUNS)]
+    if min(once) > 1:  # long calls: these have been a turn already
+        times[0].append(once)
     turn = 0
     for run in times:
         end = time.perf_counter() + seconds / RUNS
-        while not run or time.perf_counter() < end:
+        while not run or (min(once) < 1 and time.perf_counter() < end):
             row = [0.0] * len(functions)
             for i in sorted(range(len(functions)), reverse=turn % 2 == 1):
                 row[i] = seconds_a_call(functions[i], repeats[i], wall)
@@ -178,8 +156,10 @@ def ceiling(work: Work, machine: Machine, dtype: torch.dtype) -> tuple[str, floa
     return ("copy", memory) if memory >= arithmetic else (max(parts, key=parts.__getitem__), arithmetic)
 
 
-def measure(comparison: Comparison, machine: Machine, malloc: str, seconds: float) -> Row:
+def measure(comparison: Comparison, machine: Machine, malloc: str, seconds: float, quick: bool = False) -> Row:
     work, bar, threads = comparison.build(), comparison.bar, comparison.threads or torch.get_num_threads()
+    if quick and comparison.heavy:
+        work.rivals, bar = {k: f for k, f in work.rivals.items() if not k.endswith(COMPILED)}, None
     functions = [work.ours, *work.rivals.values()]
     binds, shortest = "", 0.0
     if comparison.unit == "MB":

@@ -6,11 +6,12 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from .clock import Function, enough_repeats, seconds_a_call
 
 KIB = 1024
 FOOTPRINTS = (128 * KIB, 512 * KIB, 2048 * KIB, 8192 * KIB, 256 * 1024 * KIB)  # source and target of a copy together
@@ -35,41 +36,34 @@ class Machine:
 
 
 def measure_machine() -> Machine:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     matrix = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(768, 768, dtype=dtype) for _ in range(2))
-        matrix[str(dtype).removeprefix("torch.")] = 2 * 768**3 / best(lambda a=a, b=b: torch.mm(a, b), clock)
+        matrix[str(dtype).removeprefix("torch.")] = 2 * 768**3 / best(lambda a=a, b=b: torch.mm(a, b))
     copy = {}
     for footprint in FOOTPRINTS:
         source, target = torch.ones(footprint // 8), torch.empty(footprint // 8)
-        copy[footprint] = footprint / best(lambda s=source, t=target: t.copy_(s), clock)
-    return Machine(multiply_adds(clock), matrix, copy)
+        copy[footprint] = footprint / best(lambda s=source, t=target: t.copy_(s))
+    return Machine(multiply_adds(), matrix, copy)
 
 
-def multiply_adds(clock: Callable[[], float], count: int = 4_000_000) -> float:
+def multiply_adds(count: int = 4_000_000) -> float:
     """Operations a second of multiply-adds in registers; a matrix product reaches less, and stands in on CUDA."""
     if torch.get_default_device().type == "cuda":
         a = torch.randn(4096, 4096)
-        return 2 * 4096**3 / best(lambda: (torch.mm(a, a), torch.cuda.synchronize()), clock)
+        return 2 * 4096**3 / best(lambda: torch.mm(a, a))
     tasks = torch.zeros(torch.get_num_threads())
-    return 2 * count * len(tasks) / best(lambda: torch.ops.convdit.fma_probe(tasks, count), clock)
+    return 2 * count * len(tasks) / best(lambda: torch.ops.convdit.fma_probe(tasks, count))
 
 
-def best(function: Callable[[], object], clock: Callable[[], float], seconds: float = 0.3) -> float:
+def best(function: Function, seconds: float = 0.3) -> float:
     """The shortest time of one call; short calls are timed in groups."""
-
-    def once(repeats: int) -> float:
-        start = clock()
-        for _ in range(repeats):
-            function()
-        return (clock() - start) / repeats
-
+    wall = torch.get_num_threads() > 1
     function()
-    repeats = max(1, int(0.004 / max(once(1), 1e-6)))
-    shortest, end = once(repeats), time.perf_counter() + seconds
+    repeats = enough_repeats(seconds_a_call(function, 1, wall))
+    shortest, end = seconds_a_call(function, repeats, wall), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        shortest = min(shortest, once(repeats))
+        shortest = min(shortest, seconds_a_call(function, repeats, wall))
     return shortest
 
 

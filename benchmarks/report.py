@@ -21,7 +21,8 @@ GRID = "grid"  # the bench whose rows are shown as one line an operator
 def heading(hello: dict, given: Selection, settings: list[str]) -> str:
     machine, about, versions = hello["machine"], hello["about"], hello["versions"]
     where = about["gpu"] if given.device == "cuda" else f"{about['cpu']}, {about['cores']} cores"
-    quick = "\n--quick: a sample of the rows, short runs, one setting of malloc" if given.quick else ""
+    quick = "\n--quick: a sample, short runs, one setting of malloc; blocks beside eager rivals only, and not judged"
+    quick = quick if given.quick else ""
     return (
         f"{where}; CPU level {versions['convdit']['cpu_level']}; PyTorch {versions['torch']}; "
         f"{given.threads} thread(s); malloc {' and '.join(settings)}\n{ceilings(machine)}{quick}"
@@ -155,12 +156,15 @@ def plot(document: dict, path: Path) -> None:
     )
     bars, roofline = figure.subplots(1, 2, width_ratios=(1.1, 1))
     colours = {None: "#9aa5b1", True: "#4c9a52", False: "#d9822b"}
-    bars.barh(range(len(rows)), [r["ratio"] for r in rows], color=[colours[r["met"]] for r in rows], height=0.7)
+    bars.barh(
+        range(len(rows)), [r["ratio"] - 1 for r in rows], left=1, color=[colours[r["met"]] for r in rows], height=0.7
+    )
     marked = [(r["bar"]["must"], i) for i, r in enumerate(rows) if r["bar"]]
     bars.plot([x for x, _ in marked], [y for _, y in marked], "|", color="black", markersize=9, markeredgewidth=2)
     bars.set_yticks(range(len(rows)), [r["label"] for r in rows], fontsize=6.5)
     bars.set_ylim(-1, len(rows))
-    bars.set_xscale("log")
+    bars.set_xscale("log", base=2)
+    bars.xaxis.set_major_formatter("{x:g}")
     bars.axvline(1, color="black", linewidth=0.6)
     bars.set_xlabel("ratio; black mark: the bar (an upper one for rows against our own dense and for memory)")
     _roofline(roofline, rows, document["machine"])
@@ -181,7 +185,9 @@ def _roofline(axes, rows: list[dict], machine: dict) -> None:
         rates = [r["operations"] / r["ours_ms"] / 1e6 for r in own]
         axes.plot([r["operations"] / r["traffic"] for r in own], rates, "o", label=operator, markersize=4)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("operations a byte of compulsory traffic")
     axes.set_ylabel("GFLOP/s, of compulsory operations")
     axes.legend(frameon=False, fontsize=7)

@@ -49,7 +49,10 @@ def comparisons(given: Selection) -> list[Entry]:
         raise ValueError(f"names: expected some of {', '.join(names())}, got {', '.join(unknown)}")
     entries = []
     for name in given.names or names():
-        module = importlib.import_module(f".{PREFIX}{name}", __package__)
+        try:
+            module = importlib.import_module(f".{PREFIX}{name}", __package__)
+        except ImportError as error:
+            raise ImportError(f"{name}: {error}; cure: pip install 'convdit[bench]'") from error
         entries += [Entry(name, c) for c in module.comparisons() if c.quick or not given.quick]
     return [e for e in entries if given.match.lower() in e.label.lower()]
 

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="print the rows and measure none")
     bench.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     bench.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
-    bench.add_argument("--out", metavar="FILE.json", help="write the rows there; a plot and a page go beside it")
+    bench.add_argument("--out", metavar="FILE.json", help="write the rows, a plot and a page; or a folder")
     flops = add("flops", _flops, "multiply-adds and parameters of a model")
     flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...")
     flops.add_argument("--image-size", type=int, help="default: 224; DiT: latents of 32")

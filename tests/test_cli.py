@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from convdit.cli import main
 
 SMALL = "--data digits --depths 1 1 --dims 8 16 --stem-stride 2 --batch-size 16 --steps 2 --cpu".split()
-COMMANDS = "demo pretrain finetune probe reconstruct train-dit sample convert info flops".split()
+COMMANDS = "demo pretrain finetune probe reconstruct train-dit sample convert info bench flops".split()
 
 
 @pytest.fixture(scope="module")

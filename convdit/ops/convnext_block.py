@@ -1,9 +1,9 @@
 """The ConvNeXt V2 block as one operator.
 
 Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), figure 5.
-Without gradients the CPU takes the batch a few images at a time through one set of scratch tensors: the hidden
-tensor, four times as wide as the map, stays in cache. With gradients the block is its parts, each with its own
-fused backward.
+The CPU takes the batch a few images at a time through one set of scratch tensors: the hidden tensor, four times as
+wide as the map, stays in cache. With gradients it is kept once, as the first pointwise layer leaves it; the backward
+computes the rest of the hidden tensors again. On other devices the block is its parts, each with its own backward.
 """
 
 from __future__ import annotations
@@ -11,10 +11,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import autocast, autocast_enabled, check_floating, library, needs_grad, parameter, register_vmap
-from .depthwise_conv import depthwise_conv2d_layer_norm
+from convdit._library import build_info
+
+from ._common import (
+    HALVES,
+    accumulate_dtype,
+    autocast,
+    autocast_enabled,
+    check_floating,
+    library,
+    needs_grad,
+    parameter,
+    register_vmap,
+)
+from .depthwise_conv import _conv_gradients, depthwise_conv2d_layer_norm
 from .grn import gelu_grn
 
 
@@ -68,16 +81,22 @@ def convnext_block(
         pwconv2_bias,
     )
     _check(x, given)
-    if x.device.type != "cpu" or needs_grad(x, *given):
-        return _composite(x, *given, eps)
     branch = autocast(x).dtype
+    if x.device.type != "cpu" or branch != x.dtype != torch.float32:
+        return _composite(x, *given, eps)
+    if branch in _WIDENED:
+        branch = torch.float32
     arguments = [
         None if p is None else p.to(branch) if name in _MATRICES else parameter(name, p, x)
         for name, p in zip(_SHAPES, given, strict=True)
     ]
+    if needs_grad(x, *arguments):
+        return _ConvnextBlock.apply(x, *arguments, eps)[0]
     return library.convnext_block_fwd(x, *arguments, eps)
 
 
+# Halves that this CPU has no products of: the branch is computed in float32, which is several times faster there.
+_WIDENED = tuple(h for h in HALVES if str(h).removeprefix("torch.") not in build_info()["cpu_halves"])
 _SHAPES = {
     "dwconv_weight": ("C", 1, "K", "K"),
     "dwconv_bias": ("C",),
@@ -150,10 +169,118 @@ def _(x, *parameters):
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("convdit::convnext_mlp_fwd")
+def _(x, u, pwconv1_weight, *_args):
+    n, h, w, _ = x.shape
+    hidden = pwconv1_weight.shape[0]
+    norm = u.new_empty((n, hidden), dtype=accumulate_dtype(u.dtype))
+    return x.new_empty(x.shape), u.new_empty((n * h * w, hidden)), norm
+
+
+@torch.library.register_fake("convdit::convnext_mlp_bwd")
+def _(
+    grad, u, _hidden, _norm, weight1, _bias1, grn_weight, _grn_bias, weight2, _eps, need_u, need_weight1, need_weight2
+):
+    def like(t, needed):
+        return t.new_empty(t.shape if needed else (0,))
+
+    vectors = (like(grn_weight, True) for _ in range(3))
+    return like(u, need_u), like(weight1, need_weight1), *vectors, like(weight2, need_weight2)
+
+
 register_vmap("convnext_block_fwd", folded=(0,))
+register_vmap("convnext_mlp_fwd", folded=())
+register_vmap("convnext_mlp_bwd", folded=())
 
 
 @register_flop_formula(torch.ops.convdit.convnext_block_fwd)
 def _(x_shape, dwconv_weight_shape, _1, _2, _3, pwconv1_weight_shape, *_args, **_kwargs) -> int:
     """Two a multiply-add; taps beyond the border count, as in PyTorch's formula for convolutions."""
     return 2 * x_shape.numel() * (dwconv_weight_shape[-1] ** 2 + 2 * pwconv1_weight_shape[0])
+
+
+@register_flop_formula(torch.ops.convdit.convnext_mlp_fwd)
+def _(x_shape, _u_shape, pwconv1_weight_shape, *_args, **_kwargs) -> int:
+    return 2 * x_shape.numel() * 2 * pwconv1_weight_shape[0]
+
+
+@register_flop_formula(torch.ops.convdit.convnext_mlp_bwd)
+def _(grad_shape, _1, _2, _3, weight1_shape, _5, _6, _7, _8, _eps, *needed, **_kwargs) -> int:
+    return 2 * grad_shape.numel() * (1 + sum(needed)) * weight1_shape[0]
+
+
+class _ConvnextBlock(torch.autograd.Function):
+    """The block in two operators: up to the LayerNorm, u, and from there on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x,
+        dwconv_weight,
+        dwconv_bias,
+        norm_weight,
+        norm_bias,
+        pwconv1_weight,
+        pwconv1_bias,
+        grn_weight,
+        grn_bias,
+        pwconv2_weight,
+        pwconv2_bias,
+        eps,
+    ):
+        branch_x = x.to(pwconv1_weight.dtype)
+        u, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd(
+            branch_x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, eps, True
+        )
+        out, hidden, norm = library.convnext_mlp_fwd(
+            x, u, pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps
+        )
+        return out, u, conv, mean, rstd, hidden, norm
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_kept):
+        x, dwconv_weight, _, norm_weight, _, weight1, bias1, grn_weight, grn_bias, weight2, bias2, *kept = (
+            ctx.saved_tensors
+        )
+        u, conv, mean, rstd, hidden, norm = kept
+        needed = ctx.needs_input_grad
+        before = any(needed[:5])
+        grad_u, grad_weight1, grad_bias1, grad_grn_weight, grad_grn_bias, grad_weight2 = library.convnext_mlp_bwd(
+            grad.to(u.dtype),
+            u,
+            hidden,
+            norm,
+            weight1,
+            bias1,
+            grn_weight,
+            grn_bias,
+            weight2,
+            ctx.eps,
+            before,
+            needed[5],
+            needed[9],
+        )
+        grads = [None] * 5
+        if before:
+            grad_conv, *norm_grads = library.depthwise_conv2d_layer_norm_bwd(grad_u, conv, norm_weight, mean, rstd)
+            grads = [*_conv_gradients(grad_conv, x.to(u.dtype), dwconv_weight, needed), *norm_grads]
+        if needed[0]:
+            grads[0] = (grad + grads[0]).to(x.dtype)
+        return (
+            *grads,
+            grad_weight1 if needed[5] else None,
+            grad_bias1 if needed[6] else None,
+            grad_grn_weight,
+            grad_grn_bias,
+            grad_weight2 if needed[9] else None,
+            grad.sum((0, 1, 2), dtype=bias2.dtype) if needed[10] else None,
+            None,
+        )

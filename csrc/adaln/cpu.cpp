@@ -1,5 +1,6 @@
-// CPU kernels of the adaptive LayerNorm. A row of D stays in the first-level cache, so mean and variance are taken in two
-// passes (right for inputs with a large mean) and each tensor is read from memory once.
+// CPU kernels of the adaptive LayerNorm. Each tensor is read from memory once: a few rows at a time stay in the first-level
+// cache for the passes over them. Results too large for the last-level cache are streamed past it, which saves reading
+// their lines before they are overwritten.
 #include "adaln/adaln.h"
 
 #include "common/simd.h"
@@ -7,132 +8,200 @@
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
+// Rows of one sample that are worked on together: what they share (parameters, sums over T) is loaded and stored once.
+constexpr int kRows = kVectorRegisters == 32 ? 4 : 2;
 constexpr int64_t kRowsPerTask = 16;
+// Elements of the first-level cache that keep the residual rows where the residual itself is streamed.
+constexpr int64_t kScratch = 8192;
+
+template <bool Stream, bool Full, class T>
+CONVDIT_INLINE void write_lanes(T* p, Vec<accum_t<T>> v, int64_t n) {
+  if constexpr (Stream && Full) stream(p, v);
+  else store_lanes<Full>(p, v, n);
+}
+
+// Whether to stream two results (or one and null): they take more than a quarter of the last-level cache, and each row
+// starts at a whole vector.
+template <class T>
+bool too_large(const void* a, const void* b, int64_t rows, int64_t width) {
+  const auto address = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
+  const int64_t bytes = (a && b ? 2 : 1) * rows * width * static_cast<int64_t>(sizeof(T));
+  return address % kVectorBytes == 0 && width % lanes<accum_t<T>> == 0 && bytes > cache_bytes() / 4;
+}
 
 template <class T>
-void row_statistics(const T* x, int64_t width, accum_t<T> eps, accum_t<T>* mean, accum_t<T>* rstd) {
+CONVDIT_INLINE T* advance(T* p, int64_t n) { return p ? p + n : nullptr; }
+
+// Mean and 1/sqrt(variance + eps) of R rows in one pass over the deviations from a guess, the mean of every fourth vector:
+// right for rows with a large mean. Whatever the other values are, the squared error of the guess is at most some four
+// times the variance, so the subtraction below cancels two bits at most.
+template <int R, class T>
+CONVDIT_INLINE void row_statistics(const T* x, int64_t width, accum_t<T> eps, accum_t<T>* mean, accum_t<T>* rstd) {
   using A = accum_t<T>;
-  const A mu = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-                 return load_lanes<decltype(full)::value>(x + i, n);
-               }) / static_cast<A>(width);
-  // The second pass also sums the deviations themselves: what rounding left out of the mean.
-  Vec<A> deviation[2] = {};
-  int u = 0;
-  const A squares = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-    Vec<A> d = load_lanes<decltype(full)::value>(x + i, n) - mu;
-    if constexpr (!decltype(full)::value)
-      for (int64_t lane = n; lane < lanes<A>; ++lane) d[lane] = 0;
-    deviation[u] += d;
-    u ^= 1;
-    return d * d;
+  Vec<A> guess[R] = {}, sums[R] = {}, squares[R] = {};
+  int64_t sampled = 0;
+  for (int64_t i = 0; i + lanes<A> <= width; i += 4 * lanes<A>, sampled += lanes<A>)
+    for (int r = 0; r < R; ++r) guess[r] += load(x + r * width + i);
+  for (int r = 0; r < R; ++r) guess[r] = splat(sampled ? sum(guess[r]) / static_cast<A>(sampled) : widen(x[r * width]));
+  for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    for (int r = 0; r < R; ++r) {
+      Vec<A> d = load_lanes<decltype(full)::value>(x + r * width + i, n) - guess[r];
+      if constexpr (!decltype(full)::value)
+        for (int64_t lane = n; lane < lanes<A>; ++lane) d[lane] = 0;
+      sums[r] += d;
+      squares[r] += d * d;
+    }
   });
-  const A shift = sum(deviation[0] + deviation[1]) / static_cast<A>(width);
-  const A variance = squares / static_cast<A>(width) - shift * shift;
-  *mean = mu + shift;
-  *rstd = 1 / static_cast<A>(__builtin_sqrt((variance > 0 ? variance : 0) + eps));
+  for (int r = 0; r < R; ++r) {
+    const A rest = sum(sums[r]) / static_cast<A>(width);
+    const A variance = sum(squares[r]) / static_cast<A>(width) - rest * rest;
+    mean[r] = guess[r][0] + rest;
+    rstd[r] = 1 / static_cast<A>(__builtin_sqrt((variance > 0 ? variance : 0) + eps));
+  }
 }
 
-template <class T, class Y>
-void forward_rows(const Adaln& p, int64_t first, int64_t last) {
+// R rows of one sample.
+template <int R, bool Stream, class T, class Y>
+void forward_rows(const Adaln& p, int64_t row) {
   using A = accum_t<T>;
-  const int64_t width = p.width;
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t parameters = row / p.tokens * width;
-    const T* residual = static_cast<const T*>(p.x) + row * width;
-    if (p.y != nullptr) {
-      const T* x = residual;
-      T* sum_row = static_cast<T*>(p.residual) + row * width;
-      const Y* y = static_cast<const Y*>(p.y) + row * width;
-      const A* gate = static_cast<const A*>(p.gate) + parameters;
+  const int64_t width = p.width, parameters = row / p.tokens * width;
+  alignas(kVectorBytes) T scratch[Stream ? kScratch : 1];
+  const T* residual = static_cast<const T*>(p.x) + row * width;
+  if (p.y != nullptr) {
+    const bool keep = Stream && p.out != nullptr;
+    T* sum_rows = static_cast<T*>(p.residual) + row * width;
+    const Y* y = static_cast<const Y*>(p.y) + row * width;
+    const A* gate = static_cast<const A*>(p.gate) + parameters;
+    for (int r = 0; r < R; ++r) {  // row after row: memory is quickest in one piece
+      const int64_t at = r * width;
       for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
         constexpr bool kFull = decltype(full)::value;
-        store_lanes<kFull>(sum_row + i, load_lanes<kFull>(x + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + i, n), n);
+        const Vec<A> v = load_lanes<kFull>(residual + at + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + at + i, n);
+        write_lanes<Stream, kFull>(sum_rows + at + i, v, n);
+        if (keep) store_lanes<kFull>(scratch + at + i, v, n);
       });
-      residual = sum_row;
     }
-    if (p.out == nullptr) continue;
-    A *mean = static_cast<A*>(p.mean) + row, *rstd = static_cast<A*>(p.rstd) + row;
-    row_statistics(residual, width, static_cast<A>(p.eps), mean, rstd);
-    const Vec<A> mu = splat(*mean), r = splat(*rstd);
-    const A *shift = static_cast<const A*>(p.shift) + parameters, *scale = static_cast<const A*>(p.scale) + parameters;
-    T* out = static_cast<T*>(p.out) + row * width;
-    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      const Vec<A> normalised = (load_lanes<kFull>(residual + i, n) - mu) * r;
-      store_lanes<kFull>(out + i, normalised * (1 + load_lanes<kFull>(scale + i, n)) + load_lanes<kFull>(shift + i, n), n);
-    });
+    residual = keep ? scratch : sum_rows;
   }
-}
-
-// One chunk of rows of one sample: the row gradients, and this chunk's share of the sums over T.
-template <class T, class Y>
-void backward_chunk(const AdalnBackward& p, int64_t sample, int64_t chunk, accum_t<T>* sums) {
-  using A = accum_t<T>;
-  const int64_t width = p.width, last = (chunk + 1) * kAdalnChunk < p.tokens ? (chunk + 1) * kAdalnChunk : p.tokens;
-  A *gate_sum = sums, *shift_sum = sums + width, *scale_sum = sums + 2 * width;
-  for (int64_t i = 0; i < 3 * width; ++i) sums[i] = 0;
-  const A* gate = static_cast<const A*>(p.gate) + sample * width;
-  const A* scale = static_cast<const A*>(p.scale) + sample * width;
-  for (int64_t token = chunk * kAdalnChunk; token < last; ++token) {
-    const int64_t row = sample * p.tokens + token;
-    const T* grad_residual = p.grad_residual ? static_cast<const T*>(p.grad_residual) + row * width : nullptr;
-    const T* grad_out = p.grad_out ? static_cast<const T*>(p.grad_out) + row * width : nullptr;
-    const T* residual = static_cast<const T*>(p.residual) + row * width;
-    T* grad_x = p.grad_x ? static_cast<T*>(p.grad_x) + row * width : nullptr;
-    const Y* y = p.y ? static_cast<const Y*>(p.y) + row * width : nullptr;
-    Y* grad_y = p.y ? static_cast<Y*>(p.grad_y) + row * width : nullptr;
-    Vec<A> mu{}, r{}, mean_g{}, mean_gn{};
-    if (grad_out) {
-      mu = splat(static_cast<const A*>(p.mean)[row]);
-      r = splat(static_cast<const A*>(p.rstd)[row]);
-      // With n the normalised row and g = grad_out * (1 + scale): grad = rstd * (g - mean(g) - n * mean(g * n)).
-      Vec<A> total_gn[2] = {};
-      int u = 0;
-      const A total_g = sum_vectors<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-        constexpr bool kFull = decltype(full)::value;
-        const Vec<A> g = rounded(load_lanes<kFull>(grad_out + i, n) * (1 + load_lanes<kFull>(scale + i, n)));
-        total_gn[u] += g * ((load_lanes<kFull>(residual + i, n) - mu) * r);
-        u ^= 1;
-        return g;
-      });
-      mean_g = splat(total_g / static_cast<A>(width));
-      mean_gn = splat(sum(total_gn[0] + total_gn[1]) / static_cast<A>(width));
+  if (p.out == nullptr) return;
+  A *means = static_cast<A*>(p.mean) + row, *rstds = static_cast<A*>(p.rstd) + row;
+  row_statistics<R>(residual, width, static_cast<A>(p.eps), means, rstds);
+  Vec<A> mean[R], rstd[R];
+  for (int r = 0; r < R; ++r) mean[r] = splat(means[r]), rstd[r] = splat(rstds[r]);
+  const A *shift = static_cast<const A*>(p.shift) + parameters, *scale = static_cast<const A*>(p.scale) + parameters;
+  const T* ahead = static_cast<const T*>(p.x) + (row + R) * width;
+  T* out = static_cast<T*>(p.out) + row * width;
+  for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool kFull = decltype(full)::value;
+    const Vec<A> factor = 1 + load_lanes<kFull>(scale + i, n), offset = load_lanes<kFull>(shift + i, n);
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> normalised = (load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r];
+      write_lanes<Stream, kFull>(out + r * width + i, normalised * factor + offset, n);
+      __builtin_prefetch(ahead + r * width + i);
     }
-    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      Vec<A> grad = grad_residual ? load_lanes<kFull>(grad_residual + i, n) : Vec<A>{};
-      if (grad_out) {
-        const Vec<A> d = load_lanes<kFull>(grad_out + i, n), norm = (load_lanes<kFull>(residual + i, n) - mu) * r;
-        const Vec<A> g = rounded(d * (1 + load_lanes<kFull>(scale + i, n)));
-        store_lanes<kFull>(shift_sum + i, load_lanes<kFull>(shift_sum + i, n) + d, n);
-        store_lanes<kFull>(scale_sum + i, load_lanes<kFull>(scale_sum + i, n) + d * norm, n);
-        grad += r * (g - mean_g - norm * mean_gn);
-      }
-      if (grad_x) store_lanes<kFull>(grad_x + i, grad, n);
-      if (y) {
-        store_lanes<kFull>(gate_sum + i, load_lanes<kFull>(gate_sum + i, n) + grad * load_lanes<kFull>(y + i, n), n);
-        store_lanes<kFull>(grad_y + i, grad * load_lanes<kFull>(gate + i, n), n);
-      }
-    });
-  }
-}
-
-template <class T, class Y>
-void forward(const Adaln& p, const Runner& run) {
-  const int64_t rows = p.batch * p.tokens;
-  run((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-    const int64_t first = task * kRowsPerTask, end = first + kRowsPerTask;
-    forward_rows<T, Y>(p, first, end < rows ? end : rows);
   });
 }
 
-template <class T, class Y>
+// R rows of one sample: their gradients, and what they add to the sums over T. `Norm`: there is a gradient of out;
+// `Gated`: there is a branch. Of two results one is streamed: two streams in turns would empty the write buffers half full.
+template <int R, bool Norm, bool Gated, bool Stream, class T, class Y>
+void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
+  using A = accum_t<T>;
+  const int64_t width = p.width, first = row * width, parameters = row / p.tokens * width;
+  A *gate_sum = sums, *shift_sum = sums + width, *scale_sum = sums + 2 * width;
+  const A *gate = advance(static_cast<const A*>(p.gate), parameters), *scale = advance(static_cast<const A*>(p.scale), parameters);
+  const T* grad_residual = advance(static_cast<const T*>(p.grad_residual), first);
+  const T* grad_out = advance(static_cast<const T*>(p.grad_out), first);
+  const T* residual = advance(static_cast<const T*>(p.residual), first);
+  const Y* y = advance(static_cast<const Y*>(p.y), first);
+  T* grad_x = advance(static_cast<T*>(p.grad_x), first);
+  Y* grad_y = advance(static_cast<Y*>(p.grad_y), first);
+  Vec<A> mean[R], rstd[R], mean_g[R] = {}, mean_gn[R] = {};
+  if constexpr (Norm) {
+    // With n the normalised row and g = grad_out * (1 + scale): grad = rstd * (g - mean(g) - n * mean(g * n)).
+    for (int r = 0; r < R; ++r)
+      mean[r] = splat(static_cast<const A*>(p.mean)[row + r]), rstd[r] = splat(static_cast<const A*>(p.rstd)[row + r]);
+    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(full)::value;
+      const Vec<A> factor = 1 + load_lanes<kFull>(scale + i, n);
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> g = rounded(load_lanes<kFull>(grad_out + r * width + i, n) * factor);
+        mean_g[r] += g;
+        mean_gn[r] += g * ((load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r]);
+        if constexpr (Gated) __builtin_prefetch(grad_residual + r * width + i), __builtin_prefetch(y + r * width + i);
+      }
+    });
+    for (int r = 0; r < R; ++r) {
+      mean_g[r] = splat(sum(mean_g[r]) / static_cast<A>(width));
+      mean_gn[r] = splat(sum(mean_gn[r]) / static_cast<A>(width));
+    }
+  }
+  for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    constexpr bool kFull = decltype(full)::value;
+    Vec<A> factor, shifts, scales, weight, gates;
+    if constexpr (Norm) {
+      factor = 1 + load_lanes<kFull>(scale + i, n);
+      shifts = load_lanes<kFull>(shift_sum + i, n), scales = load_lanes<kFull>(scale_sum + i, n);
+    }
+    if constexpr (Gated) weight = load_lanes<kFull>(gate + i, n), gates = load_lanes<kFull>(gate_sum + i, n);
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = r * width + i;
+      Vec<A> grad = {};
+      if constexpr (Gated) grad = load_lanes<kFull>(grad_residual + at, n);
+      if constexpr (Norm) {
+        const Vec<A> d = load_lanes<kFull>(grad_out + at, n), normalised = (load_lanes<kFull>(residual + at, n) - mean[r]) * rstd[r];
+        shifts += d;
+        scales += d * normalised;
+        grad += rstd[r] * (rounded(d * factor) - mean_g[r] - normalised * mean_gn[r]);
+        write_lanes<Stream && !Gated, kFull>(grad_x + at, grad, n);
+        __builtin_prefetch(grad_out + R * width + at);
+        __builtin_prefetch(residual + R * width + at);
+      }
+      if constexpr (Gated) {
+        gates += grad * load_lanes<kFull>(y + at, n);
+        write_lanes<Stream, kFull>(grad_y + at, grad * weight, n);
+      }
+    }
+    if constexpr (Norm) store_lanes<kFull>(shift_sum + i, shifts, n), store_lanes<kFull>(scale_sum + i, scales, n);
+    if constexpr (Gated) store_lanes<kFull>(gate_sum + i, gates, n);
+  });
+}
+
+template <int R>
+struct Rows { static constexpr int value = R; };
+
+// Calls rows(first, Rows<R>) for the rows from first to last, kRows at a time where there are as many.
+template <int R = kRows, class F>
+void in_groups(int64_t first, int64_t last, const F& rows) {
+  for (; first + R <= last; first += R) rows(first, Rows<R>{});
+  for (; first < last; ++first) rows(first, Rows<1>{});
+}
+
+template <bool Stream, class T, class Y>
+void forward(const Adaln& p, const Runner& run) {
+  const int64_t parts = (p.tokens + kRowsPerTask - 1) / kRowsPerTask;
+  run(p.batch * parts, [&](int64_t task) {
+    const int64_t end = (task / parts + 1) * p.tokens, first = task / parts * p.tokens + task % parts * kRowsPerTask;
+    in_groups(first, first + kRowsPerTask < end ? first + kRowsPerTask : end,
+              [&](int64_t row, auto rows) { forward_rows<decltype(rows)::value, Stream, T, Y>(p, row); });
+    if (Stream) stream_fence();
+  });
+}
+
+template <bool Norm, bool Gated, bool Stream, class T, class Y>
 void backward(const AdalnBackward& p, const Runner& run) {
   using A = accum_t<T>;
   const int64_t width = p.width, chunks = (p.tokens + kAdalnChunk - 1) / kAdalnChunk;
   A* workspace = static_cast<A*>(p.workspace);
   run(p.batch * chunks, [&](int64_t task) {
-    backward_chunk<T, Y>(p, task / chunks, task % chunks, workspace + task * 3 * width);
+    const int64_t end = (task / chunks + 1) * p.tokens, first = task / chunks * p.tokens + task % chunks * kAdalnChunk;
+    A* sums = workspace + task * 3 * width;
+    for (int64_t i = 0; i < 3 * width; ++i) sums[i] = 0;
+    // The fused backward reads four tensors: more rows at once would be more streams than the hardware follows.
+    in_groups<Gated ? 1 : kRows>(first, first + kAdalnChunk < end ? first + kAdalnChunk : end, [&](int64_t row, auto rows) {
+      backward_rows<decltype(rows)::value, Norm, Gated, Stream, T, Y>(p, row, sums);
+    });
+    if (Stream) stream_fence();
   });
   void* const totals[3] = {p.grad_gate, p.grad_shift, p.grad_scale};
   run(p.batch, [&](int64_t sample) {
@@ -163,10 +232,28 @@ void dispatch(const Params& p, const F& f) {
 }
 
 void dispatch_forward(const Adaln& p, const Runner& run) {
-  dispatch(p, [&](auto x, auto y) { forward<decltype(x), decltype(y)>(p, run); });
+  dispatch(p, [&](auto x, auto y) {
+    using T = decltype(x);
+    using Y = decltype(y);
+    const bool fits = p.y == nullptr || p.out == nullptr || kRows * p.width <= kScratch;
+    if (fits && too_large<T>(p.y ? p.residual : nullptr, p.out, p.batch * p.tokens, p.width)) forward<true, T, Y>(p, run);
+    else forward<false, T, Y>(p, run);
+  });
+}
+
+template <bool Stream, class T, class Y>
+void backward_of(const AdalnBackward& p, const Runner& run) {
+  if (p.grad_out == nullptr) backward<false, true, Stream, T, Y>(p, run);
+  else if (p.y == nullptr) backward<true, false, Stream, T, Y>(p, run);
+  else backward<true, true, Stream, T, Y>(p, run);
 }
 void dispatch_backward(const AdalnBackward& p, const Runner& run) {
-  dispatch(p, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(p, run); });
+  dispatch(p, [&](auto x, auto y) {
+    using T = decltype(x);
+    using Y = decltype(y);
+    if (too_large<T>(p.grad_x, p.grad_y, p.batch * p.tokens, p.width)) backward_of<true, T, Y>(p, run);
+    else backward_of<false, T, Y>(p, run);
+  });
 }
 
 }  // namespace

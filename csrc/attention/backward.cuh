@@ -13,7 +13,12 @@ struct BackwardPlan {
   static constexpr int kOwnKeys = kWarps * kMma;                                                // of a block of the second
   static constexpr int kStage = 2 * kKeys * kWidth;
   static constexpr int kStageBytes = kStage * static_cast<int>(sizeof(T));
-  static constexpr int kStatisticsBytes = kKeys * 2 * static_cast<int>(sizeof(float));  // of a tile of queries
+  // The second launch: registers hold the block's keys, and its values where there are registers left. Statistics lie
+  // behind the stages, and the values behind them.
+  static constexpr bool kValuesInTile = kWidth == 128;
+  static constexpr int kStatisticsBytes = 2 * kKeys * 2 * static_cast<int>(sizeof(float));  // of two tiles of queries
+  static constexpr int kQueriesBytes = 2 * kStageBytes;
+  static constexpr int kKeysBytes = 2 * kStageBytes + kStatisticsBytes + (kValuesInTile ? kStageBytes / 2 : 0);
   static_assert(kQueries * kWidth <= kStage && 2 * kOwnKeys * kWidth <= kStage, "a block's own rows come in through a stage");
 };
 
@@ -104,10 +109,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_mma(AttentionBac
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            // Beyond the end a weight is 0: the score 0 of no key may be far above the row's own.
+            // Beyond the end the score is 0, which may be so far above the row's own that the weight is infinite.
+            const float weight = exp2_approximate(scores[m][n][i] * factor - log_sum_exp[m][i / 2]);
             const bool exists = key + n * 8 + lane % 4 * 2 + i % 2 < left;
-            const float weight = exists ? exp2_approximate(scores[m][n][i] * factor - log_sum_exp[m][i / 2]) : 0.f;
-            grads[m][n][i] = weight * (grads[m][n][i] - delta[m][i / 2]);
+            grads[m][n][i] = exists ? weight * (grads[m][n][i] - delta[m][i / 2]) : 0.f;
           }
         to_operand<T>(weights[m], grads[m][0], grads[m][1]);
       }
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
   using Plan = BackwardPlan<T, kWidth>;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const stages = reinterpret_cast<T*>(shared);
-  float2* const statistics = reinterpret_cast<float2*>(shared + 2 * Plan::kStageBytes);  // of two tiles
+  float2* const statistics = reinterpret_cast<float2*>(shared + 2 * Plan::kStageBytes);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_row = warp * kMma;
   const float scale = static_cast<float>(p.forward.scale), factor = exponent_factor(scale);
   const int first = blocks.tile() * Plan::kOwnKeys;
@@ -144,31 +149,30 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
     load_tile<kKeys, kWidth>(stage, head.q.from(begin), left, head.width);
     load_tile<kKeys, kWidth>(stage + kKeys * kWidth, back.grad.from(begin), left, head.width);
     const int row = threadIdx.x;
-    if (row < kKeys)
-      copy_async<8>(statistics + tile % 2 * kKeys + row, back.statistics + 2 * (begin + row), row < left);
+    if (row < kKeys) copy_async<8>(statistics + tile % 2 * kKeys + row, back.statistics + 2 * (begin + row), row < left);
     commit_copies();
   };
-  T* const own = stages + Plan::kStage;
-  load_tile<Plan::kOwnKeys, kWidth>(own, head.k.from(first), head.tokens - first, head.width);
-  load_tile<Plan::kOwnKeys, kWidth>(own + Plan::kOwnKeys * kWidth, head.v.from(first), head.tokens - first, head.width);
+  T *const keys = stages + Plan::kStage, *const kept = reinterpret_cast<T*>(statistics + 2 * kKeys);
+  T* const values = Plan::kValuesInTile ? kept : keys + Plan::kOwnKeys * kWidth;
+  load_tile<Plan::kOwnKeys, kWidth>(keys, head.k.from(first), head.tokens - first, head.width);
+  load_tile<Plan::kOwnKeys, kWidth>(values, head.v.from(first), head.tokens - first, head.width);
   load_queries(0);
   wait_copies<0>();
   __syncthreads();
-  Operand<T, kWidth, 1> k, v;
-  k.load(own, own_row);
+  Operand<T, kWidth, 1> k;
+  k.load(keys, own_row);
   k.take_sign(scale);
-  v.load(own + Plan::kOwnKeys * kWidth, own_row);
+  std::conditional_t<Plan::kValuesInTile, OperandInTile<T, kWidth, 1>, Operand<T, kWidth, 1>> v;
+  v.load(values, own_row);
 
   float grad_k[1][kWidth / 8][4], grad_v[1][kWidth / 8][4];
   clear(grad_k);
   clear(grad_v);
-  const bool has_rows = first + own_row < head.tokens;  // the same for the whole warp
   const int tiles = (head.tokens + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
     wait_copies<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before (or the keys) any more
     if (tile + 1 < tiles) load_queries(tile + 1);
-    if (!has_rows) continue;
     const T *queries = stages + tile % 2 * Plan::kStage, *grads_out = queries + kKeys * kWidth;
     const int left = head.tokens - tile * kKeys;
 #pragma unroll 1
@@ -195,13 +199,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
     }
   }
 
-  if (has_rows) {
-    // Nobody reads the stage that would be loaded next.
-    T* const through = stages + tiles % 2 * Plan::kStage + own_row * kWidth;
-    const int row = first + own_row;
-    store_rows<kWidth>(through, grad_k, {{scale, scale}}, back.grad_k.from(row), head.tokens - row, head.width);
-    store_rows<kWidth>(through, grad_v, {{1.f, 1.f}}, back.grad_v.from(row), head.tokens - row, head.width);
-  }
+  // Nobody reads the stage that would be loaded next.
+  T* const through = stages + tiles % 2 * Plan::kStage + own_row * kWidth;
+  const int row = first + own_row;
+  store_rows<kWidth>(through, grad_k, {{scale, scale}}, back.grad_k.from(row), head.tokens - row, head.width);
+  __syncwarp();  // before the same rows of the stage are written again
+  store_rows<kWidth>(through, grad_v, {{1.f, 1.f}}, back.grad_v.from(row), head.tokens - row, head.width);
 }
 
 }  // namespace convdit::cuda

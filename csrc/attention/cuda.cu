@@ -29,14 +29,15 @@ int dispatch_width(int64_t head_dim, const F& f) {
 
 template <class T>
 bool fits_tiles(const Attention& p) {
-  return sizeof(T) <= 4 && p.head_dim <= kWidest && p.tokens <= kMostTokens && p.head_dim % kVector<T> == 0 && p.batch_stride % kVector<T> == 0 &&
-         p.token_stride % kVector<T> == 0 && aligned(16, p.qkv, p.out);
+  const bool whole = p.head_dim % kVector<T> == 0 && p.batch_stride % kVector<T> == 0 && p.token_stride % kVector<T> == 0;
+  return sizeof(T) <= 4 && p.head_dim <= kWidest && p.tokens <= kMostTokens && whole && aligned(16, p.qkv, p.out);
 }
 
 // A block a tile of `rows` rows of one head of one sample.
 template <class P>
-int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int rows, int shared_bytes, cudaStream_t stream) {
-  if (shared_bytes > kSharedBytes)
+int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int rows, int shared_bytes,
+                 cudaStream_t stream) {
+  if (shared_bytes > kSharedBytes)  // no more than the 99 KiB that every GPU from sm_80 on has for a block that asks
     if (const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
       return static_cast<int>(status);
   const int64_t a_head = ceil_div(p.tokens, rows), blocks = p.batch * p.heads * a_head;
@@ -78,9 +79,8 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
   return dispatch_width<T>(p.head_dim, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
       using Plan = BackwardPlan<T, width.value>;
-      constexpr int bytes = 2 * Plan::kStageBytes;
-      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, bytes, stream), [&] {
-        return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, bytes + 2 * Plan::kStatisticsBytes, stream);
+      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, Plan::kQueriesBytes, stream), [&] {
+        return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysBytes, stream);
       });
     } else {
       using Plan = FmaPlan<width.value>;

@@ -18,7 +18,8 @@ __device__ __forceinline__ float4 four(const float* p) { return *reinterpret_cas
 
 // products[r][j] = row own_row + r of `own` times row lane + 32 j of `tile`.
 template <int kWidth, int kOwnRows, int kGroups>
-__device__ __forceinline__ void multiply_rows(float (&products)[kOwnRows][kGroups], const float* own, int own_row, const float* tile) {
+__device__ __forceinline__ void multiply_rows(float (&products)[kOwnRows][kGroups], const float* own, int own_row,
+                                              const float* tile) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r)
@@ -33,8 +34,10 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kOwnRows][kGroup
     for (int r = 0; r < kOwnRows; ++r) {
       const float4 a = four(own + Tile<float, kWidth>::at(own_row + r, chunk));
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j)
-        products[r][j] += a.x * b[j].x, products[r][j] += a.y * b[j].y, products[r][j] += a.z * b[j].z, products[r][j] += a.w * b[j].w;
+      for (int j = 0; j < kGroups; ++j) {
+        products[r][j] += a.x * b[j].x, products[r][j] += a.y * b[j].y;
+        products[r][j] += a.z * b[j].z, products[r][j] += a.w * b[j].w;
+      }
     }
   }
 }
@@ -43,7 +46,6 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kOwnRows][kGroup
 template <int kOwnRows, int kGroups>
 __device__ __forceinline__ void share_weights(float* to, int own_row, const float (&weights)[kOwnRows][kGroups]) {
   const int lane = threadIdx.x % kWarp;
-  __syncwarp();  // those before may still be read
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r)
 #pragma unroll
@@ -68,15 +70,17 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[kOwnRows][kWidth
     for (int r = 0; r < kOwnRows; ++r) {
       const float4 w = four(weights + (own_row + r) * kColumns + column);
 #pragma unroll
-      for (int j = 0; j < groups; ++j)
-        sums[r][j] += w.x * b[0][j], sums[r][j] += w.y * b[1][j], sums[r][j] += w.z * b[2][j], sums[r][j] += w.w * b[3][j];
+      for (int j = 0; j < groups; ++j) {
+        sums[r][j] += w.x * b[0][j], sums[r][j] += w.y * b[1][j];
+        sums[r][j] += w.z * b[2][j], sums[r][j] += w.w * b[3][j];
+      }
     }
   }
 }
 
 template <int kOwnRows, int kGroups>
-__device__ __forceinline__ void store_rows(const float (&sums)[kOwnRows][kGroups], const float (&factors)[kOwnRows], Rows<float> rows,
-                                           int64_t length, int width) {
+__device__ __forceinline__ void store_rows(const float (&sums)[kOwnRows][kGroups], const float (&factors)[kOwnRows],
+                                           Rows<float> rows, int length, int width) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int r = 0; r < kOwnRows; ++r)
@@ -100,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
   float sums[own_rows][kWidth / kWarp] = {}, largest[own_rows], total[own_rows] = {};
 #pragma unroll
   for (int r = 0; r < own_rows; ++r) largest[r] = -INFINITY;
-  for (int64_t begin = 0; begin < head.tokens; begin += Plan::kColumns) {
-    const int64_t left = head.tokens - begin;
+  for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
+    const int left = head.tokens - begin;
     load_tile<Plan::kColumns, kWidth>(keys, head.k.from(begin), left, head.width);
     load_tile<Plan::kColumns, kWidth>(values, head.v.from(begin), left, head.width);
     commit_copies();
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
 #pragma unroll
   for (int r = 0; r < own_rows; ++r) {
     total[r] = warp_sum(total[r]);
-    const int64_t row = first + own_row + r;
+    const int row = first + own_row + r;
     if (lane == 0 && row < head.tokens) *head.log_sum_exp.from(row).first = (largest[r] + log2f(total[r])) * kLn2;
     total[r] = 1 / total[r];
   }
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
   float delta[own_rows], log_sum_exp[own_rows], factors[own_rows], sums[own_rows][kWidth / kWarp] = {};
 #pragma unroll
   for (int r = 0; r < own_rows; ++r) {
-    const int64_t row = first + own_row + r;
+    const int row = first + own_row + r;
     delta[r] = log_sum_exp[r] = 0;
     factors[r] = scale;
     if (row >= head.tokens) continue;
@@ -168,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
     log_sum_exp[r] = *head.log_sum_exp.from(row).first * kLog2e;
     if (lane == 0) reinterpret_cast<float2*>(back.statistics)[row] = make_float2(log_sum_exp[r], delta[r]);
   }
-  for (int64_t begin = 0; begin < head.tokens; begin += Plan::kColumns) {
-    const int64_t left = head.tokens - begin;
+  for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
+    const int left = head.tokens - begin;
     load_tile<Plan::kColumns, kWidth>(keys, head.k.from(begin), left, head.width);
     load_tile<Plan::kColumns, kWidth>(values, head.v.from(begin), left, head.width);
     commit_copies();
@@ -209,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
   float grad_k[own_rows][kWidth / kWarp] = {}, grad_v[own_rows][kWidth / kWarp] = {}, scales[own_rows], ones[own_rows];
 #pragma unroll
   for (int r = 0; r < own_rows; ++r) scales[r] = scale, ones[r] = 1;
-  for (int64_t begin = 0; begin < head.tokens; begin += Plan::kColumns) {
-    const int64_t left = head.tokens - begin;
+  for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
+    const int left = head.tokens - begin;
     load_tile<Plan::kColumns, kWidth>(queries, head.q.from(begin), left, head.width);
     load_tile<Plan::kColumns, kWidth>(grads_out, back.grad.from(begin), left, head.width);
     commit_copies();
@@ -222,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
 #pragma unroll
     for (int j = 0; j < groups; ++j) {
       // Queries beyond the end are zeros, and so are their gradients and statistics: their weights are 1, of nothing.
-      const int64_t column = lane + kWarp * j;
+      const int column = lane + kWarp * j;
       const float2 row = column < left ? reinterpret_cast<const float2*>(back.statistics)[begin + column] : float2{};
 #pragma unroll
       for (int r = 0; r < own_rows; ++r) {
@@ -232,11 +236,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
     }
     share_weights(weights, own_row, scores);
     add_weighted_rows<kWidth, Plan::kColumns>(grad_v, weights, own_row, grads_out);
+    __syncwarp();  // before the same weights are written again
     share_weights(weights, own_row, grads);
     add_weighted_rows<kWidth, Plan::kColumns>(grad_k, weights, own_row, queries);
     __syncthreads();  // before the next copies
   }
-  const int64_t row = first + own_row;
+  const int row = first + own_row;
   store_rows(grad_k, scales, back.grad_k.from(row), head.tokens - row, head.width);
   store_rows(grad_v, ones, back.grad_v.from(row), head.tokens - row, head.width);
 }

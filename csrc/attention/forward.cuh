@@ -12,7 +12,7 @@ struct ForwardPlan {
   // shared memory serves two products.
   static constexpr int kRowTiles = kWidth <= 96 ? 2 : 1, kRows = kWarps * kRowTiles * kMma;
   static constexpr int kStep = kWidth <= 32 ? 64 : kWidth == 96 ? 16 : 32;
-  static constexpr int kStage = 2 * kKeys * kWidth;                      // elements: a tile of keys, and one of values
+  static constexpr int kStage = 2 * kKeys * kWidth;  // elements: a tile of keys, and one of values
   static constexpr int kSharedBytes = 2 * kStage * static_cast<int>(sizeof(T));
   static_assert(kRows * kWidth <= kStage, "queries come in, and results go out, through one stage");
 };

@@ -4,8 +4,8 @@
 
 namespace convdit::cuda {
 
-constexpr int kMma = 16;       // rows of an operand a, and columns that one product of a and b sums over
-constexpr int kKeys = 64;      // rows of a tile that a block goes through
+constexpr int kMma = 16;   // rows of an operand a, and columns that one product of a and b sums over
+constexpr int kKeys = 64;  // rows of a tile that a block goes through
 
 // 16 rows from `row` on, the 16 columns of chunks `chunk` and `chunk + 1`. As operand a of a product with the tile's rows as
 // rows; transposed, as two operands b (registers 0 and 1; 2 and 3) of a product that sums over the tile's rows.
@@ -26,10 +26,14 @@ __device__ __forceinline__ void load_b_over_columns(uint32_t (&b)[4], const T* t
   load_matrices(b, tile + Tile<T, kWidth>::at(row + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
 }
 
-// A warp's rows of a tile as operands a, to be kept.
+// A warp's rows of a tile as operands a, kept in registers.
 template <class T, int kWidth, int kRowTiles>
 struct Operand {
   uint32_t pairs[kRowTiles][kWidth / kMma][4];
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int m, int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = pairs[m][k][i];
+  }
   __device__ __forceinline__ void load(const T* tile, int row) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
@@ -47,6 +51,14 @@ struct Operand {
           pairs[m][k][i] = scale > 0 ? pairs[m][k][i] : scale < 0 ? pairs[m][k][i] ^ 0x80008000u : 0u;
   }
 };
+// The same, left in the tile and read from there each time, where registers are short.
+template <class T, int kWidth, int kRowTiles>
+struct OperandInTile {
+  const T* rows;
+  __device__ __forceinline__ void load(const T* tile, int row) { rows = tile + row * kWidth; }  // row: a multiple of 8
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int m, int k) const { load_a<kWidth>(a, rows, m * kMma, 2 * k); }
+};
+
 // What multiplies scores in base-2 exponentials, of operands that have taken the sign. Positive, so that the largest score
 // stays the largest and -inf stays -inf.
 __device__ __forceinline__ float exponent_factor(float scale) { return scale == 0 ? 1.f : fabsf(scale) * kLog2e; }
@@ -58,27 +70,31 @@ __device__ __forceinline__ float exp2_approximate(float x) {  // to 2 units in t
 }
 
 // products[m][n] += own rows (m-th 16 of them) times rows [row + 8 n, row + 8 n + 8) of the tile, over the whole width.
-template <int kWidth, class T, int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4],
-                                              const Operand<T, kWidth, kRowTiles>& own, const T* tile, int row) {
+template <int kWidth, class T, class Own, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own, const T* tile,
+                                              int row) {
 #pragma unroll
-  for (int k = 0; k < kWidth / kMma; ++k)
+  for (int k = 0; k < kWidth / kMma; ++k) {
+    uint32_t a[kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) own.get(a[m], m, k);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += 2) {
       uint32_t b[4];
       load_b_over_columns<kWidth>(b, tile, row + 8 * n, 2 * k);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        mma<T>(products[m][n], own.pairs[m][k], b[0], b[1]);
-        mma<T>(products[m][n + 1], own.pairs[m][k], b[2], b[3]);
+        mma<T>(products[m][n], a[m], b[0], b[1]);
+        mma<T>(products[m][n + 1], a[m], b[2], b[3]);
       }
     }
+  }
 }
 
 // sums[m][n] += weights (16 rows, 16 columns) times rows [row, row + 16) of the tile; n counts 8 columns of it.
 template <int kWidth, class T, int kRowTiles>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4], const uint32_t (&weights)[kRowTiles][4],
-                                                  const T* tile, int row) {
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4],
+                                                  const uint32_t (&weights)[kRowTiles][4], const T* tile, int row) {
 #pragma unroll
   for (int n = 0; n < kWidth / 8; n += 2) {
     uint32_t b[4];
@@ -130,7 +146,6 @@ __device__ __forceinline__ void store_rows(T* tile, const float (&sums)[kRowTile
       *reinterpret_cast<uint4*>(rows.first + row * rows.stride + chunk * Layout::kChunk) =
           *reinterpret_cast<const uint4*>(tile + Layout::at(row, chunk));
   }
-  __syncwarp();  // the rows may be written again
 }
 
 }  // namespace convdit::cuda

@@ -8,7 +8,7 @@ namespace convdit::cuda {
 
 constexpr int kLaneColumns = 8, kTaskColumns = kLaneColumns * kWarp;
 
-// Which row and columns a task is: every warp loops over tasks(...) of them.
+// A warp's task: a row of one head, and columns from some on. Warps loop over the tasks.
 struct RowTask {
   int64_t head, row, column;  // head: sample * heads + head
 };
@@ -22,22 +22,35 @@ __device__ __forceinline__ RowTask row_task(const Attention& p, int64_t task) {
 __device__ __forceinline__ int64_t first_task() { return (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp; }
 __device__ __forceinline__ int64_t task_step() { return int64_t{gridDim.x} * kWarps; }
 
+// By one lane, which has a row of its own.
 template <class T>
 __device__ __forceinline__ accum_t<T> dot(const T* a, const T* b, int width) {
   accum_t<T> sum = 0;
-  for (int i = threadIdx.x % kWarp; i < width; i += kWarp) sum += widen(a[i]) * widen(b[i]);
-  return warp_sum(sum);
+  for (int i = 0; i < width; ++i) sum += widen(a[i]) * widen(b[i]);
+  return sum;
 }
 
-// sums[j] = keep * sums[j] + weight * row[column + lane + 32 j], and back to memory.
+// sums[j] += the lanes' weights times column `column` + lane + 32 j of the lanes' rows, of which there are `count`.
 template <class T, class A>
-__device__ __forceinline__ void add_row(A (&sums)[kLaneColumns], A keep, A weight, const T* row, int64_t column, int width) {
+__device__ __forceinline__ void add_weighted_rows(A (&sums)[kLaneColumns], A weight, Rows<const T> rows, int64_t count,
+                                                  int64_t column, int width) {
+  __shared__ A shared[kThreads];
+  A* const weights = shared + threadIdx.x / kWarp * kWarp;
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();  // those before may still be read
+  weights[lane] = weight;
+  __syncwarp();
+  for (int r = 0; r < kWarp && r < count; ++r) {
+    const A w = weights[r];
+    const T* row = rows.from(r).first;
 #pragma unroll
-  for (int j = 0; j < kLaneColumns; ++j) {
-    const int64_t i = column + threadIdx.x % kWarp + kWarp * j;
-    if (i < width) sums[j] = keep * sums[j] + weight * widen(row[i]);
+    for (int j = 0; j < kLaneColumns; ++j) {
+      const int64_t i = column + lane + kWarp * j;
+      if (i < width) sums[j] += w * widen(row[i]);
+    }
   }
 }
+
 template <class T, class A>
 __device__ __forceinline__ void store_row(const A (&sums)[kLaneColumns], A factor, T* row, int64_t column, int width) {
 #pragma unroll
@@ -51,21 +64,27 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) forward_scalar(Attention p) {
   using A = accum_t<T>;
   const A scale = static_cast<A>(p.scale);
+  const int lane = threadIdx.x % kWarp;
   for (int64_t index = first_task(); index < row_tasks(p); index += task_step()) {
     const RowTask task = row_task(p, index);
     const Head<T> head = head_of<T>(p, task.head);
     const T* q = head.q.from(task.row).first;
     A sums[kLaneColumns] = {}, total = 0, largest = -INFINITY;
-    for (int64_t key = 0; key < head.tokens; ++key) {
-      const A score = dot(q, head.k.from(key).first, head.width) * scale, top = fmax(largest, score);
+    for (int64_t begin = 0; begin < p.tokens; begin += kWarp) {
+      const int64_t key = begin + lane, left = p.tokens - begin;
+      const A score = lane < left ? dot(q, head.k.from(key).first, head.width) * scale : A(-INFINITY);
+      const A top = fmax(largest, warp_max(score));
       // Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
       const A from = top == -INFINITY ? A(0) : top, shrink = exp(largest - from), weight = exp(score - from);
       largest = top;
       total = shrink * total + weight;
-      add_row(sums, shrink, weight, head.v.from(key).first, task.column, head.width);
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) sums[j] *= shrink;
+      add_weighted_rows(sums, weight, head.v.from(begin), left, task.column, head.width);
     }
+    total = warp_sum(total);
     store_row(sums, 1 / total, head.out.from(task.row).first, task.column, head.width);
-    if (task.column == 0 && threadIdx.x % kWarp == 0) *head.log_sum_exp.from(task.row).first = largest + log(total);
+    if (task.column == 0 && lane == 0) *head.log_sum_exp.from(task.row).first = largest + log(total);
   }
 }
 
@@ -74,20 +93,25 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) backward_queries_scalar(AttentionBackward p) {
   using A = accum_t<T>;
   const A scale = static_cast<A>(p.forward.scale);
+  const int lane = threadIdx.x % kWarp;
   for (int64_t index = first_task(); index < row_tasks(p.forward); index += task_step()) {
     const RowTask task = row_task(p.forward, index);
     const HeadBackward<T> back = head_of<T>(p, task.head);
     const Head<T>& head = back.forward;
-    const T *q = head.q.from(task.row).first, *grad = back.grad.from(task.row).first;
+    const T *q = head.q.from(task.row).first, *grad = back.grad.from(task.row).first, *out = head.out.from(task.row).first;
     const A log_sum_exp = *head.log_sum_exp.from(task.row).first;
-    const A delta = dot<T>(grad, head.out.from(task.row).first, head.width);
-    if (task.column == 0 && threadIdx.x % kWarp == 0)
+    A delta = 0, sums[kLaneColumns] = {};
+    for (int i = lane; i < head.width; i += kWarp) delta += widen(grad[i]) * widen(out[i]);
+    delta = warp_sum(delta);
+    if (task.column == 0 && lane == 0)
       back.statistics[2 * task.row] = log_sum_exp, back.statistics[2 * task.row + 1] = delta;
-    A sums[kLaneColumns] = {};
-    for (int64_t key = 0; key < head.tokens; ++key) {
-      const T* k = head.k.from(key).first;
-      const A weight = exp(dot(q, k, head.width) * scale - log_sum_exp);
-      add_row(sums, A(1), weight * (dot(grad, head.v.from(key).first, head.width) - delta), k, task.column, head.width);
+    for (int64_t begin = 0; begin < p.forward.tokens; begin += kWarp) {
+      const int64_t key = begin + lane, left = p.forward.tokens - begin;
+      A weight = 0;
+      if (lane < left)
+        weight = exp(dot(q, head.k.from(key).first, head.width) * scale - log_sum_exp) *
+                 (dot(grad, head.v.from(key).first, head.width) - delta);
+      add_weighted_rows(sums, weight, head.k.from(begin), left, task.column, head.width);
     }
     store_row(sums, scale, back.grad_q.from(task.row).first, task.column, head.width);
   }
@@ -98,17 +122,22 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) backward_keys_scalar(AttentionBackward p) {
   using A = accum_t<T>;
   const A scale = static_cast<A>(p.forward.scale);
+  const int lane = threadIdx.x % kWarp;
   for (int64_t index = first_task(); index < row_tasks(p.forward); index += task_step()) {
     const RowTask task = row_task(p.forward, index);
     const HeadBackward<T> back = head_of<T>(p, task.head);
     const Head<T>& head = back.forward;
     const T *k = head.k.from(task.row).first, *v = head.v.from(task.row).first;
     A grad_k[kLaneColumns] = {}, grad_v[kLaneColumns] = {};
-    for (int64_t query = 0; query < head.tokens; ++query) {
-      const T *q = head.q.from(query).first, *grad = back.grad.from(query).first;
-      const A weight = exp(dot(k, q, head.width) * scale - back.statistics[2 * query]);
-      add_row(grad_v, A(1), weight, grad, task.column, head.width);
-      add_row(grad_k, A(1), weight * (dot(v, grad, head.width) - back.statistics[2 * query + 1]), q, task.column, head.width);
+    for (int64_t begin = 0; begin < p.forward.tokens; begin += kWarp) {
+      const int64_t query = begin + lane, left = p.forward.tokens - begin;
+      A weight = 0, grad = 0;
+      if (lane < left) {
+        weight = exp(dot(k, head.q.from(query).first, head.width) * scale - back.statistics[2 * query]);
+        grad = weight * (dot(v, back.grad.from(query).first, head.width) - back.statistics[2 * query + 1]);
+      }
+      add_weighted_rows(grad_v, weight, back.grad.from(begin), left, task.column, head.width);
+      add_weighted_rows(grad_k, grad, head.q.from(begin), left, task.column, head.width);
     }
     store_row(grad_k, scale, back.grad_k.from(task.row).first, task.column, head.width);
     store_row(grad_v, A(1), back.grad_v.from(task.row).first, task.column, head.width);

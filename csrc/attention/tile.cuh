@@ -28,7 +28,7 @@ struct Rows {
 template <class T>
 struct Head {
   using A = accum_t<T>;
-  int tokens, width;
+  int tokens, width;  // tokens: of kernels on tiles, which are for fewer than 2^31
   Rows<const T> q, k, v;
   Rows<T> out;
   Rows<A> log_sum_exp;
@@ -80,17 +80,19 @@ struct Tile {
   }
 };
 
-// Starts copying `length` rows of `width` elements to a tile of kRows rows; what is left of the tile becomes 0.
+// Starts copying `length` rows of `width` elements to a tile of kRows rows; what is left of the tile becomes 0. A thread keeps
+// to one chunk of the rows, and steps by the rows that all threads copy at once.
 template <int kRows, int kWidth, class T>
 __device__ __forceinline__ void load_tile(T* tile, Rows<const T> rows, int length, int width) {
   using Layout = Tile<T, kWidth>;
-  static_assert(kRows * Layout::kChunks % kThreads == 0);
+  constexpr int step = kThreads / Layout::kChunks;
+  const int first = threadIdx.x / Layout::kChunks, chunk = threadIdx.x % Layout::kChunks;
+  if (first >= step) return;  // threads left over
+  const bool exists = chunk * Layout::kChunk < width;
+  const T* from = rows.from(first).first + chunk * Layout::kChunk;
 #pragma unroll 1
-  for (int i = 0; i < kRows * Layout::kChunks / kThreads; ++i) {
-    const int index = threadIdx.x + i * kThreads, row = index / Layout::kChunks, chunk = index % Layout::kChunks;
-    const bool valid = row < length && chunk * Layout::kChunk < width;
-    copy_async<16>(tile + Layout::at(row, chunk), rows.first + row * rows.stride + chunk * Layout::kChunk, valid);
-  }
+  for (int row = first; row < kRows; row += step, from += step * rows.stride)
+    copy_async<16>(tile + Layout::at(row, chunk), from, exists && row < length);
 }
 
 }  // namespace convdit::cuda

@@ -5,6 +5,9 @@
 //
 // On the CPU the arithmetic is PyTorch's own flash attention, called through the dispatcher on strided views of qkv, so
 // nothing is copied on the way in or out of the forward; what is ours is the packing of the three gradients into one.
+// On CUDA the kernels are ours (attention.h).
+#include "attention/attention.h"
+
 #include "common/checks.h"
 
 namespace convdit {
@@ -25,6 +28,52 @@ Shape shape_of(const Tensor& qkv, int64_t heads) {
                 " divides, got shape ", describe(qkv));
   return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
 }
+
+#ifdef CONVDIT_DEVICE_CUDA
+
+// The kernels read a head's rows 16 bytes at a time where its width allows it. One copy of rows that start elsewhere, or have
+// gaps, costs far less than reading them by the element.
+Tensor in_vectors(const Tensor& t, const Shape& s) {
+  const int64_t vector = 16 / t.element_size();
+  const bool starts = t.stride(0) % vector == 0 && t.stride(1) % vector == 0 &&
+                      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  if (t.stride(2) == 1 && (starts || s.head_dim % vector != 0)) return t;
+  Tensor copy = allocate_like(t);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+Attention params(const Tensor& qkv, const Shape& s, double scale) {
+  Attention p{};
+  p.batch = s.batch, p.tokens = s.tokens, p.heads = s.heads, p.head_dim = s.head_dim;
+  p.batch_stride = qkv.stride(0), p.token_stride = qkv.stride(1);
+  p.scale = scale;
+  p.dtype = dtype_of("qkv", qkv);
+  p.qkv = qkv.const_data_ptr();
+  return p;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale) {
+  const Tensor qkv = in_vectors(qkv_in, s);
+  const Tensor out = allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
+  const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv);
+  Attention p = params(qkv, s, scale);
+  p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  CONVDIT_RUN(attention, forward, qkv, p);
+  return {out, log_sum_exp};
+}
+
+void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp_in,
+              const Tensor& grad_qkv, const Shape& s, double scale) {
+  const Tensor qkv = in_vectors(qkv_in, s), grad = in_vectors(dense(grad_in), s), out = in_vectors(dense(out_in), s);
+  const Tensor log_sum_exp = dense(log_sum_exp_in);
+  const Tensor workspace = allocate({s.batch, s.heads, s.tokens, 2}, accumulate_dtype(qkv), qkv);
+  AttentionBackward p{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr(), workspace.mutable_data_ptr()};
+  p.forward.out = out.mutable_data_ptr(), p.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  CONVDIT_RUN(attention, backward, qkv, p);
+}
+
+#else
 
 // The i-th third of qkv, or of its gradient, as (B, heads, T, d): a view.
 Tensor third(const Tensor& qkv, const Shape& s, int64_t i) {
@@ -47,11 +96,7 @@ Tensor unsafe_view(const Tensor& t, const Shape& s, int64_t size) {
 // The flash kernels read rows of d without gaps.
 Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
-std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& qkv_in, int64_t num_heads, double scale) {
-  const Shape s = shape_of(qkv_in, num_heads);
-  if (qkv_in.numel() == 0)
-    return {allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv_in.scalar_type(), qkv_in),
-            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv_in), qkv_in)};
+std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale) {
   const Tensor qkv = rows_without_gaps(qkv_in);
   StableIValue stack[7] = {from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
                            from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
@@ -63,17 +108,8 @@ std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& qkv_in, int64_t nu
           unsafe_view(dense(torch::stable::transpose(log_sum_exp, 1, 2)), s, s.heads)};
 }
 
-Tensor packed_attention_bwd(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp,
-                            int64_t num_heads, double scale) {
-  const Shape s = shape_of(qkv_in, num_heads);
-  for (const auto& [name, t] : {std::tuple("grad", &grad_in), std::tuple("out", &out_in)}) {
-    check_same_device(name, *t, "qkv", qkv_in);
-    check_shape(name, *t, {s.batch, s.tokens, s.heads * s.head_dim});
-    check_dtype(name, *t, qkv_in.scalar_type());
-  }
-  check_shape("log_sum_exp", log_sum_exp, {s.batch, s.tokens, s.heads});
-  const Tensor grad_qkv = allocate_like(qkv_in);
-  if (qkv_in.numel() == 0) return grad_qkv;
+void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp,
+              const Tensor& grad_qkv, const Shape& s, double scale) {
   const Tensor qkv = rows_without_gaps(qkv_in), grad = rows_without_gaps(grad_in), out = rows_without_gaps(out_in);
   StableIValue stack[10] = {from(by_heads(grad, s)), from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
                             from(by_heads(out, s)), from(torch::stable::transpose(log_sum_exp, 1, 2)),
@@ -84,6 +120,32 @@ Tensor packed_attention_bwd(const Tensor& grad_in, const Tensor& qkv_in, const T
     Tensor part = third(grad_qkv, s, i);
     torch::stable::copy_(part, to<Tensor>(stack[i]));
   }
+}
+
+#endif
+
+std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& qkv, int64_t num_heads, double scale) {
+  const Shape s = shape_of(qkv, num_heads);
+  if (qkv.numel() == 0)
+    return {allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv),
+            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv)};
+  return forward(qkv, s, scale);
+}
+
+Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp,
+                            int64_t num_heads, double scale) {
+  const Shape s = shape_of(qkv, num_heads);
+  for (const auto& [name, t] : {std::tuple("grad", &grad), std::tuple("out", &out)}) {
+    check_same_device(name, *t, "qkv", qkv);
+    check_shape(name, *t, {s.batch, s.tokens, s.heads * s.head_dim});
+    check_dtype(name, *t, qkv.scalar_type());
+  }
+  check_same_device("log_sum_exp", log_sum_exp, "qkv", qkv);
+  check_shape("log_sum_exp", log_sum_exp, {s.batch, s.tokens, s.heads});
+  check_dtype("log_sum_exp", log_sum_exp, accumulate_dtype(qkv));
+  const Tensor grad_qkv = allocate_like(qkv);
+  if (qkv.numel() == 0) return grad_qkv;
+  backward(grad, qkv, out, log_sum_exp, grad_qkv, s, scale);
   return grad_qkv;
 }
 

@@ -1,5 +1,7 @@
 #include "common/cpu_level.h"
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -31,11 +33,39 @@ CpuLevel detect() {
   return best;
 }
 
+int64_t detect_cache() {
+  if (const char* wanted = std::getenv("CONVDIT_CACHE_BYTES")) return std::atoll(wanted);
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  if (const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE); bytes > 0) return bytes;
+#endif
+  return int64_t{32} << 20;
+}
+
 }  // namespace
+
+int64_t cache_bytes() {
+  static const int64_t bytes = detect_cache();
+  return bytes;
+}
 
 CpuLevel cpu_level() {
   static const CpuLevel level = detect();
   return level;
+}
+
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return true;
+#endif
+}
+bool multiplies_f16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512fp16");
+#else
+  return true;
+#endif
 }
 
 const char* cpu_level_name(CpuLevel level) {

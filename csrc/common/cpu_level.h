@@ -1,6 +1,7 @@
 // CPU levels: each kernel file is compiled once for each level, into a namespace of the level's name, and exports one
 // constant table of function pointers. The binding picks the table of the best level that this machine runs.
 #pragma once
+#include <cstdint>
 
 namespace convdit {
 
@@ -9,6 +10,15 @@ enum class CpuLevel : int { baseline, avx2, avx512 };
 // The best level of this machine, or the lower one named by the environment variable CONVDIT_CPU_LEVEL; read once.
 CpuLevel cpu_level();
 const char* cpu_level_name(CpuLevel level);
+
+// Whether this machine has instructions for products of halves; without them PyTorch's matrix products of halves are many times
+// slower than those of float32. On other machines than x86: not known to be otherwise.
+bool multiplies_bf16();
+bool multiplies_f16();
+
+// Bytes of the last-level cache: what the system says, or the environment variable CONVDIT_CACHE_BYTES (a virtual machine
+// may be told wrong); read once.
+int64_t cache_bytes();
 
 }  // namespace convdit
 

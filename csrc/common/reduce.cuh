@@ -60,11 +60,12 @@ __device__ __forceinline__ void sum_groups(A (&values)[N], int width, int groups
 }
 
 // Mean and 1/sqrt(variance + eps) of a row of `width` elements by one warp. load(i, values) gives the N elements from i on,
-// 0 beyond the end. The variance is taken about the mean, in a second pass: right for rows with a large mean.
+// 0 beyond the end. The variance is taken about the mean, in a second pass, which also finds what the mean is off by: right for
+// rows with a large mean.
 template <int N, class A, class F>
 __device__ __forceinline__ void warp_row_statistics(int64_t width, A eps, const F& load, A& mean, A& rstd) {
   const int lane = threadIdx.x % kWarp;
-  A values[N], total = 0;
+  A values[N], total = 0, off = 0;
   for (int64_t i = lane * N; i < width; i += kWarp * N) {
     load(i, values);
 #pragma unroll
@@ -78,9 +79,12 @@ __device__ __forceinline__ void warp_row_statistics(int64_t width, A eps, const 
     for (int k = 0; k < N; ++k) {
       const A d = i + k < width ? values[k] - mean : A(0);
       total += d * d;
+      off += d;
     }
   }
-  rstd = A(1) / sqrt(warp_sum(total) / static_cast<A>(width) + eps);
+  off = warp_sum(off) / static_cast<A>(width);
+  mean += off;
+  rstd = A(1) / sqrt(warp_sum(total) / static_cast<A>(width) - off * off + eps);
 }
 
 }  // namespace convdit::cuda

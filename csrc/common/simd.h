@@ -5,6 +5,7 @@
 //   Vec<float>, Vec<double>     arithmetic; lanes<A> of them
 //   load<A>(p), store(p, v)     any alignment; p may point to float, double, bf16 or f16: converted on the way
 //   load<A>(p, n), store(p, v, n)  the first n <= lanes<A> lanes; others load as 0 and are not stored
+//   stream(p, v)                for memory that is not read again soon: past the caches, where p is aligned to a vector
 //   splat, sum, vmax, exp, tanh, normal_cdf, normal_pdf
 #pragma once
 #include <cmath>
@@ -260,6 +261,31 @@ CONVDIT_INLINE void store(T* p, Vec<accum_t<T>> v, int64_t n) {
 }
 #endif
 
+// Stores that leave the caches alone, and so do not read the line first: a third of the traffic of a copy. p is aligned to
+// the vector as it lies in memory. stream_fence() orders them before whatever tells another thread of them.
+#if defined(__AVX512F__)
+CONVDIT_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+template <class H>
+CONVDIT_INLINE void stream(H* p, Vec<float> v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(narrow(v, H{})));
+}
+#elif defined(CONVDIT_AVX2)
+CONVDIT_INLINE void stream(float* p, Vec<float> v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+template <class H>
+CONVDIT_INLINE void stream(H* p, Vec<float> v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(narrow(v, H{})));
+}
+#else
+template <class T>
+CONVDIT_INLINE void stream(T* p, Vec<accum_t<T>> v) { store(p, v); }
+#endif
+CONVDIT_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
+CONVDIT_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // n lanes where n may also be all of them; `Full` is known at compile time.
 template <bool Full, class T>
 CONVDIT_INLINE Vec<accum_t<T>> load_lanes(const T* p, int64_t n) {
@@ -378,18 +404,18 @@ CONVDIT_INLINE Vec<float> tanh(Vec<float> x) {
 }
 
 // The standard normal distribution at x, absolute error below 1.5e-7; exactly 0 and 1 beyond 5.5 standard deviations, so
-// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * p(x^2) / q(x^2), a minimax fit with positive
-// coefficients: nothing cancels. The division has its own unit, beside those of the polynomials.
+// that x * normal_cdf(x), the GELU, is right for huge x. Inside, 1/2 + x * (p(x^2) / q(x^2) + 0.09), a minimax fit: the
+// constant is most of the sum where x is large, so that p and q may be rounded. The division has a unit of its own.
 CONVDIT_INLINE Vec<float> normal_cdf(Vec<float> x) {
   const Vec<float> s = x * x;
-  Vec<float> p = splat(2.2805011e-8f), q = splat(1.197519282e-6f);
-  p = p * s + 6.3308153e-6f, q = q * s + 7.307447231e-5f;
-  p = p * s + 1.6721952e-4f, q = q * s + 1.87553803e-3f;
-  p = p * s + 4.667623e-3f, q = q * s + 2.856010199e-2f;
-  p = p * s + 3.3705913e-2f, q = q * s + 2.51154393e-1f;
-  p = p * s + 3.9894226e-1f, q = q * s + 1.f;
+  Vec<float> p = splat(-8.49717239e-08f), q = splat(1.19751928e-06f);
+  p = p * s + -2.45887463e-07f, q = q * s + 7.30744723e-05f;
+  p = p * s + -1.57889883e-06f, q = q * s + 0.00187553803f;
+  p = p * s + 0.00209721364f, q = q * s + 0.028560102f;
+  p = p * s + 0.011102017f, q = q * s + 0.251154393f;
+  p = p * s + 0.308942258f, q = q * s + 1.f;
   const Vec<float> far = x < 0 ? splat(0.f) : splat(1.f);
-  return s > 30.25f ? far : x * (p / q) + 0.5f;
+  return s > 30.25f ? far : x * (p / q + 0.09f) + 0.5f;
 }
 // Its density, e^(-x^2/2) / sqrt(2 pi), absolute error below 1e-7: 2^t for t <= 0, split into 2^n, whose exponent's bits are
 // made by an addition, and a polynomial for the rest; exactly 0 from t = -127 on, so that x * normal_pdf(x) is right for huge x.

@@ -84,11 +84,15 @@ void dispatch_fold_scale(const FoldScale& p, const Runner& run) {
 void dispatch_fold_bias(const FoldBias& p, const Runner& run) {
   dispatch(p.dtype, [&](auto t) { fold_bias<decltype(t)>(p, run); });
 }
-// x and the branch have one dtype, or a float32 x takes a branch of halves.
+// x and the branch have one dtype, or one is float32 and the other of halves.
 void dispatch_add_residual(const AddResidual& p, const Runner& run) {
-  if (p.dtype != p.branch_dtype && p.branch_dtype == DType::bf16) return add_residual<float, bf16>(p, run);
-  if (p.dtype != p.branch_dtype && p.branch_dtype == DType::f16) return add_residual<float, f16>(p, run);
-  dispatch(p.dtype, [&](auto t) { add_residual<decltype(t), decltype(t)>(p, run); });
+  dispatch(p.dtype, [&](auto x) {
+    using X = decltype(x);
+    if (p.dtype == p.branch_dtype) return add_residual<X, X>(p, run);
+    if constexpr (sizeof(X) == 2) return add_residual<X, float>(p, run);
+    if constexpr (sizeof(X) == 4)
+      return p.branch_dtype == DType::bf16 ? add_residual<float, bf16>(p, run) : add_residual<float, f16>(p, run);
+  });
 }
 
 }  // namespace

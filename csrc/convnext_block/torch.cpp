@@ -14,14 +14,17 @@
 namespace convdit {
 namespace {
 
-// Small images go through together, as many as have this many sites: a product with few rows is slow.
-constexpr int64_t kSites = 800;
+// Small images go through together, as many as have this many sites: a product with few rows is slow. In the backward, as many
+// as have this many hidden values: there nothing is gained by going image by image, as the forward does where it folds.
+constexpr int64_t kSites = 800, kHiddenValues = 5 << 18;
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the result is `out` once more: drop that reference
 }
+
+Tensor slice(Tensor t, int64_t axis, int64_t first, int64_t length) { return torch::stable::narrow(t, axis, first, length); }
 
 Tensor detach(const Tensor& t) {  // out= refuses factors that require gradients
   std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
@@ -55,7 +58,8 @@ struct Mlp {
 
   // u has the shape of the map and its device; the branch may have another dtype.
   Mlp(const Tensor& u, ScalarType branch, const Tensor& pwconv1_weight, const std::optional<Tensor>& pwconv1_bias,
-      const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias, double eps)
+      const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias, double eps,
+      bool backward = false)
       : eps(eps), batch(u.size(0)), sites(u.size(1) * u.size(2)), channels(u.size(3)), hidden(pwconv1_weight.size(0)), branch(branch) {
     weight1 = pointwise_weight("pwconv1_weight", pwconv1_weight, hidden, channels, branch, u);
     // The folding and the differentiated forms of GRN take one in any case.
@@ -63,7 +67,9 @@ struct Mlp {
     grn_weight = check_parameter("grn_weight", grn_weight_in, {hidden}, u), grn_bias = check_parameter("grn_bias", grn_bias_in, {hidden}, u);
     weight2 = pointwise_weight("pwconv2_weight", pwconv2_weight, channels, hidden, branch, u);
     if (pwconv2_bias) bias2 = check_parameter("pwconv2_bias", *pwconv2_bias, {channels}, u);
-    const int64_t fitting = std::max<int64_t>(kSites / std::max<int64_t>(sites, 1), 1), parts = std::max<int64_t>((batch + fitting - 1) / fitting, 1);
+    const int64_t wanted = backward ? kHiddenValues / std::max<int64_t>(hidden, 1) : kSites;
+    const int64_t fitting = std::max<int64_t>(wanted / std::max<int64_t>(sites, 1), 1);
+    const int64_t parts = std::max<int64_t>((batch + fitting - 1) / fitting, 1);
     images = (batch + parts - 1) / parts;
     fold = images == 1 && sites > channels;  // else scaling the hidden tensor is less work than scaling the weight
   }
@@ -71,7 +77,7 @@ struct Mlp {
   DType dtype() const { return dtype_of("pwconv1_weight", weight1); }
   Tensor scratch(int64_t width) const { return allocate({images * sites, width}, branch, weight1); }
   Tensor part(const Tensor& matrix, int64_t first, int64_t count) const {
-    return torch::stable::narrow(matrix, 0, first * sites, count * sites);
+    return slice(matrix, 0, first * sites, count * sites);
   }
   // f(first image, images) for a few images at a time, in order.
   template <class F>
@@ -120,10 +126,12 @@ void check_map(const char* name, const Tensor& x) {
   dtype_of(name, x);
   check_dim(name, x, 4, "(N, H, W, C)");
 }
+// The branch is computed in its parameter's dtype: that of x, a half beside a float32 x, or float32 beside a half.
 void check_branch(const Tensor& x, const char* name, const Tensor& t) {
   const DType dtype = dtype_of("x", x), branch = dtype_of(name, t);
-  CONVDIT_CHECK(branch == dtype || (dtype == DType::f32 && branch != DType::f64), name, ": expected the dtype of x (",
-                dtype_name(x.scalar_type()), "), or bfloat16 or float16 beside a float32 x, got ", dtype_name(t.scalar_type()));
+  CONVDIT_CHECK(branch == dtype || (dtype == DType::f32 && branch != DType::f64) || (dtype != DType::f64 && branch == DType::f32), name,
+                ": expected the dtype of x (", dtype_name(x.scalar_type()), "), or float32 beside a half and a half beside float32, got ",
+                dtype_name(t.scalar_type()));
 }
 Tensor rows_of(const Tensor& map) { return torch::stable::view(map, {map.size(0) * map.size(1) * map.size(2), map.size(3)}); }
 
@@ -147,16 +155,16 @@ Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const
   const Tensor out = allocate_like(x_in);
   if (x_in.numel() == 0) return out;
   const Tensor x = dense(x_in), map = mlp.scratch(channels), wide = mlp.scratch(mlp.hidden);
-  Tensor narrow_x;
-  if (branch != x.scalar_type()) narrow_x = allocate({mlp.images, x.size(1), x.size(2), channels}, branch, x);
+  Tensor branch_x;
+  if (branch != x.scalar_type()) branch_x = allocate({mlp.images, x.size(1), x.size(2), channels}, branch, x);
   const Tensor norm = allocate({mlp.images, mlp.hidden}, wide_type, x);
   const Tensor packed = allocate({kernel * kernel, (channels + kChannelMultiple - 1) / kChannelMultiple * kChannelMultiple}, wide_type, x);
   mlp.prepare_forward();
   mlp.for_parts([&](int64_t first, int64_t count) {
-    const Tensor x_part = torch::stable::narrow(x, 0, first, count);
+    const Tensor x_part = slice(x, 0, first, count);
     Tensor conv_x = x_part;
     if (branch != x.scalar_type()) {
-      conv_x = torch::stable::narrow(narrow_x, 0, 0, count);
+      conv_x = slice(branch_x, 0, 0, count);
       torch::stable::copy_(conv_x, x_part);
     }
     DepthwiseConvLayerNorm p{};
@@ -167,7 +175,7 @@ Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const
     p.eps = eps, p.ln_weight = ln_weight.const_data_ptr(), p.ln_bias = ln_bias.const_data_ptr(), p.out = map.mutable_data_ptr();
     CONVDIT_RUN(depthwise_conv, forward_layer_norm, x, p);
     const Tensor u = mlp.part(map, 0, count), hidden = mlp.part(wide, 0, count);
-    mlp.forward(count, x_part, u, hidden, hidden, norm, u, torch::stable::narrow(out, 0, first, count));
+    mlp.forward(count, x_part, u, hidden, hidden, norm, u, slice(out, 0, first, count));
   });
   return out;
 }
@@ -190,9 +198,9 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   const Tensor u = rows_of(dense(u_in)), wide = mlp.scratch(mlp.hidden), product = mlp.scratch(mlp.channels);
   mlp.prepare_forward();
   mlp.for_parts([&](int64_t first, int64_t count) {
-    mlp.forward(count, torch::stable::narrow(x, 0, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count),
-                mlp.part(wide, 0, count), torch::stable::narrow(norm, 0, first, count), mlp.part(product, 0, count),
-                torch::stable::narrow(out, 0, first, count));
+    mlp.forward(count, slice(x, 0, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count),
+                mlp.part(wide, 0, count), slice(norm, 0, first, count), mlp.part(product, 0, count),
+                slice(out, 0, first, count));
   });
   return {out, hidden, norm};
 }
@@ -237,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
   check_shape("grad", grad_in, {u_in.size(0), u_in.size(1), u_in.size(2), u_in.size(3)});
   check_dtype("grad", grad_in, u_in.scalar_type());
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
-  Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, std::nullopt, eps);
+  Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, std::nullopt, eps, true);
   const int64_t rows = mlp.batch * mlp.sites;
   check_shape("hidden", hidden_in, {rows, mlp.hidden});
   check_dtype("hidden", hidden_in, mlp.branch);
@@ -245,13 +253,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
   const Tensor all_norms = check_parameter("norm", norm_in, {mlp.batch, mlp.hidden}, u_in);
   const Tensor u_map = dense(u_in), u = rows_of(u_map), grad = rows_of(dense(grad_in)), hidden = dense(hidden_in);
   const Tensor grad_u = need_u ? allocate_like(u_map) : allocate({0}, mlp.branch, u);
-  const Tensor vectors = allocate_zeros({3, mlp.hidden}, accumulate_dtype(u), u);  // gradients of pwconv1_bias, grn_weight, grn_bias
-  const auto vector = [&](int64_t i) { return torch::stable::select(vectors, 0, i); };
-  const bool empty = u.numel() == 0;
-  WeightGrad grad1(need_weight1, mlp.weight1, empty || mlp.images < mlp.batch), grad2(need_weight2, mlp.weight2, empty || mlp.images < mlp.batch);
-  if (empty) {
-    const auto zeros = [&](bool needed, const Tensor& w) { return needed ? allocate_zeros({w.size(0), w.size(1)}, mlp.branch, w) : allocate({0}, mlp.branch, w); };
-    return {grad_u, zeros(need_weight1, mlp.weight1), vector(0), vector(1), vector(2), zeros(need_weight2, mlp.weight2)};
+  const auto vector = [&] { return allocate_zeros({mlp.hidden}, accumulate_dtype(u), u); };
+  const Tensor grad_bias1 = vector(), grad_grn_weight = vector(), grad_grn_bias = vector();
+  const bool several = mlp.images < mlp.batch;
+  WeightGrad grad1(need_weight1, mlp.weight1, several), grad2(need_weight2, mlp.weight2, several);
+  if (u.numel() == 0) {
+    torch::stable::zero_(grad1.sum), torch::stable::zero_(grad2.sum);
+    return {grad_u, grad1.result(mlp.weight1), grad_bias1, grad_grn_weight, grad_grn_bias, grad2.result(mlp.weight2)};
   }
   const Tensor wide = mlp.scratch(mlp.hidden), wide_grad = mlp.scratch(mlp.hidden);
   mlp.allocate_grn(2, 4);
@@ -261,16 +269,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
     multiply(grad_part, mlp.weight2, grad_y);
     GrnBackward p{mlp.grn_shape(count)};
     p.grad = grad_y.const_data_ptr(), p.grad_x = grad_y.mutable_data_ptr(), p.x = mlp.part(hidden, first, count).const_data_ptr();
-    p.norm = torch::stable::narrow(all_norms, 0, first, count).const_data_ptr(), p.weight = mlp.grn_weight.const_data_ptr();
+    p.norm = slice(all_norms, 0, first, count).const_data_ptr(), p.weight = mlp.grn_weight.const_data_ptr();
     p.bias = mlp.grn_bias.const_data_ptr(), p.shift = mlp.bias1.const_data_ptr(), p.y = y.mutable_data_ptr(), p.add = first > 0;
-    p.grad_shift = vector(0).mutable_data_ptr(), p.grad_weight = vector(1).mutable_data_ptr(), p.grad_bias = vector(2).mutable_data_ptr();
+    p.grad_shift = grad_bias1.mutable_data_ptr(), p.grad_weight = grad_grn_weight.mutable_data_ptr();
+    p.grad_bias = grad_grn_bias.mutable_data_ptr();
     p.workspace = mlp.grn_work.mutable_data_ptr(), p.first_tile = mlp.tiles.mutable_data_ptr<int64_t>();
     CONVDIT_RUN(grn, backward, u, p);  // grad_y is the gradient of the first product now
     grad2.add(grad_part, y);
     grad1.add(grad_y, u_part);
     if (need_u) multiply(grad_y, mlp.weight1, mlp.part(rows_of(grad_u), first, count));
   });
-  return {grad_u, grad1.result(mlp.weight1), vector(0), vector(1), vector(2), grad2.result(mlp.weight2)};
+  return {grad_u, grad1.result(mlp.weight1), grad_bias1, grad_grn_weight, grad_grn_bias, grad2.result(mlp.weight2)};
 }
 
 #ifdef CONVDIT_SCHEMAS

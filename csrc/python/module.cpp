@@ -22,6 +22,10 @@ py::dict build_info() {
   info["version"] = CONVDIT_VERSION;
   info["cpu_levels"] = split(CONVDIT_LEVELS);
   info["cpu_level"] = convdit::cpu_level_name(convdit::cpu_level());
+  py::list halves;
+  if (convdit::multiplies_bf16()) halves.append("bfloat16");
+  if (convdit::multiplies_f16()) halves.append("float16");
+  info["cpu_halves"] = halves;
   info["cuda"] = static_cast<bool>(CONVDIT_CUDA_BUILT);
   info["cuda_reason"] = CONVDIT_CUDA_REASON;
   info["cuda_archs"] = split(CONVDIT_CUDA_ARCHS);

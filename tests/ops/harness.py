@@ -213,6 +213,14 @@ def assert_vmap_equals_loop(case: Case) -> None:
             torch.testing.assert_close(g[k], e, rtol=1e-9, atol=1e-10)
 
 
+def assert_in_own_process(test_file: str, expression: str, **variables: str) -> None:
+    """Run the tests of `test_file` that match `expression` in a process with these environment variables."""
+    environment = dict(os.environ, PYTHONPATH=PACKAGE_ROOT, **variables)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test_file, "-k", expression]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{variables}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+
+
 def assert_every_cpu_level(test_file: str, expression: str) -> None:
     """Run the tests of `test_file` that match `expression` once at each lower CPU level, each in its own process."""
     from convdit import build_info
@@ -221,7 +229,4 @@ def assert_every_cpu_level(test_file: str, expression: str) -> None:
     for level in info["cpu_levels"]:
         if level == info["cpu_level"]:
             break
-        environment = dict(os.environ, CONVDIT_CPU_LEVEL=level, PYTHONPATH=PACKAGE_ROOT)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test_file, "-k", expression]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"CPU level {level}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
+        assert_in_own_process(test_file, expression, CONVDIT_CPU_LEVEL=level)

@@ -37,11 +37,13 @@ def fused_case(b, t, d, name="", **x):
     )
 
 
-SHAPES = [(2, 5, 384), (3, 33, 100), (2, 65, 17), (1, 1, 1152), (2, 4, 1)]
+SHAPES = [(2, 5, 384), (3, 33, 100), (2, 65, 17), (1, 1, 1152), (2, 4, 1), (2, 37, 40), (5, 1, 7)]
 CASES = [make(*shape) for shape in SHAPES for make in (modulate_case, gated_case, fused_case)]
 CASES += [
     modulate_case(2, 7, 768, "large mean", offset=100.0),
     modulate_case(2, 7, 40, "small values", scale=1e-4),
+    modulate_case(2, 7, 6, "narrow, large mean", offset=1000.0),
+    fused_case(2, 7, 384, "huge mean", offset=1e4),
     fused_case(2, 7, 768, "large mean", offset=100.0),
 ]
 SMALL = [make(2, 5, 19) for make in (modulate_case, gated_case, fused_case)]
@@ -186,6 +188,27 @@ def test_bad_arguments_are_named(change, error, message):
     good |= {name: torch.zeros(2, 8) for name in ("gate", "shift", "scale")}
     with pytest.raises(error, match=message):
         ops.gated_residual_layer_norm_modulate(**(good | change))
+
+
+@pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
+@pytest.mark.parametrize("width", [64, 384])
+def test_a_row_whose_variance_lies_in_few_channels(width, dtype):
+    """The worst that a mean guessed from some of the channels can meet: all large values among them, or none."""
+
+    def make(g):
+        x = randn(g, 2, 6, width, scale=0.01)
+        x[:, ::2, : width // 8] += 1000
+        x[:, 1::2, width // 8 : width // 4] += 1000
+        return x, randn(g, 2, width), randn(g, 2, width)
+
+    case = Case("few channels", ops.layer_norm_modulate, reference.layer_norm_modulate, make)
+    harness.assert_error_rule(case, dtype)
+
+
+def test_results_streamed_past_the_cache():
+    """With no cache to fill every result is streamed that can be; the other tests hold all the same."""
+    expression = "error_rule or threads or float32_residual"
+    harness.assert_in_own_process(__file__, expression, CONVDIT_CACHE_BYTES="0")
 
 
 def test_every_cpu_level():

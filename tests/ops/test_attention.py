@@ -60,7 +60,13 @@ PACKED = [
     packed_case(2, 9, 2, 16, "scale", scale=0.3),
     packed_case(2, 40, 2, 16, "large scores", scale=10.0),
     packed_case(2, 40, 2, 16, "large mean", offset=30.0),
+    packed_case(2, 40, 2, 16, "large negative scores", offset=30.0, scale=-0.25),
+    packed_case(2, 9, 2, 16, "negative scale", scale=-0.3),
+    packed_case(2, 9, 2, 16, "scale 0", scale=0.0),
 ]
+# Each width of the CUDA kernels' tiles, and widths between and beyond them; tokens that fill tiles, and do not.
+WIDTHS = [(66, 32), (16, 48), (130, 64), (64, 80), (63, 96), (65, 128), (20, 130), (3, 300)]
+PACKED += [packed_case(2, t, 2, d) for t, d in WIDTHS]
 BLOCK = [block_case(2, 17, 3, 8), block_case(2, 5, 1, 12, bias=False)]
 SMALL = [packed_case(2, 5, 3, 4), block_case(2, 5, 3, 4)]
 
@@ -105,6 +111,22 @@ def test_exports(case):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_vmap_equals_loop(case):
     harness.assert_vmap_equals_loop(case)
+
+
+@pytest.mark.parametrize("d", [5, 64])
+@pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
+def test_rows_that_are_not_finite_stay_apart(dtype, d):
+    qkv = torch.randn(2, 70, 3, 2, d)
+    qkv[0, 3, 0, 1, 0] = torch.nan  # a query: its own row alone
+    qkv[0, 8, 2, 0, 0] = torch.inf  # a value: one column of its head
+    qkv[1, 66, 1, 0] = 1e30  # a key that one query scores as -inf, and no other as more than the rest
+    qkv[1, :, 0, 0] = 0
+    qkv[1, 5, 0, 0] = -1e30
+    if dtype == torch.float16:
+        qkv = qkv.nan_to_num(nan=torch.nan, posinf=torch.inf).clamp(-6e4, 6e4)
+    qkv = qkv.to(dtype).flatten(2)
+    out, expected = ops.packed_attention(qkv, 2), reference.packed_attention(qkv.float(), 2)
+    torch.testing.assert_close(out.float(), expected, equal_nan=True, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24), (2, 5, 0), (0, 0, 24)])

@@ -1,4 +1,6 @@
-"""convnext_block, with gradients (its parts) and without (one operator, few images at a time)."""
+"""convnext_block, with gradients and without: few images at a time either way."""
+
+import importlib
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.ops import harness
 from tests.ops.harness import Case, randn
 
 library = torch.ops.convdit
+block_module = importlib.import_module("convdit.ops.convnext_block")
 NAMES = (
     "dwconv_weight dwconv_bias norm_weight norm_bias pwconv1_weight pwconv1_bias"
     " grn_weight grn_bias pwconv2_weight pwconv2_bias"
@@ -43,6 +46,15 @@ def block_case(*shape, label="", change=None, offset=0.0, **p):
     return Case(name, ops.convnext_block, reference.convnext_block, make)
 
 
+def dead_hidden_channels(g, *shape):
+    """Every third hidden channel is zero at every site: its norm is zero, and so is that norm's gradient."""
+    x, *rest = block_case(*shape).make(g)
+    named = dict(zip(NAMES, rest, strict=True))
+    named["pwconv1_weight"][::3] = 0
+    named["pwconv1_bias"][::3] = 0
+    return x, *named.values()
+
+
 def without_gradients(case):
     """The same case on the operator that runs where nothing requires a gradient."""
     return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in harness.inputs(case, torch.float64))
@@ -52,12 +64,19 @@ CASES = [
     block_case(2, 9, 8, 13, label="scaled in place"),
     block_case(3, 30, 29, 20, label="folded, image by image"),
     block_case(5, 20, 19, 16, label="three parts of two, two and one"),
+    block_case(3, 21, 20, 9, label="backward in two parts", hidden=1500, kernel=3),
     block_case(1, 3, 1, 40, label="one narrow map"),
     block_case(2, 1, 1, 24, label="one site"),
     block_case(2, 6, 5, 8, label="no biases", bias=False),
     block_case(2, 6, 5, 8, label="5x5, twice as wide", kernel=5, hidden=16),
     block_case(2, 30, 31, 24, label="constant maps", change=lambda x: x[:, :1, :1].expand_as(x).clone()),
     block_case(2, 6, 5, 16, label="large mean", offset=30.0),
+    Case(
+        "convnext_block dead hidden channels",
+        ops.convnext_block,
+        reference.convnext_block,
+        lambda g: dead_hidden_channels(g, 3, 6, 5, 8),
+    ),
 ]
 SMALL = block_case(2, 4, 5, 6, kernel=3)
 
@@ -73,9 +92,15 @@ def test_without_gradients_equals_reference_in_float64(case):
     torch.testing.assert_close(case.op(*args), case.reference(*args), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
+# Halves are computed in float32 where the CPU has no products of halves: the rule must hold either way.
+PRODUCTS = [(torch.float32, ()), *((d, w) for d in (torch.bfloat16, torch.float16) for w in ((), (d,)))]
+each_product = pytest.mark.parametrize("dtype, widened", PRODUCTS, ids=lambda v: str(v).replace("torch.", ""))
+
+
+@each_product
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_error_rule(case, dtype):
+def test_error_rule(case, dtype, widened, monkeypatch):
+    monkeypatch.setattr(block_module, "_WIDENED", widened)
     low = harness.inputs(case, dtype, requires_grad=True)
     exact = tuple(a if a is None else a.detach().double().requires_grad_() for a in low)
     ours, plain, right = (
@@ -93,9 +118,10 @@ def test_error_rule(case, dtype):
         harness.assert_rows_close(*of, dtype, f"{case}, {dtype}, {name}")
 
 
-@pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
+@each_product
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_without_gradients_error_rule(case, dtype):
+def test_without_gradients_error_rule(case, dtype, widened, monkeypatch):
+    monkeypatch.setattr(block_module, "_WIDENED", widened)
     low = harness.inputs(case, dtype)
     exact = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in low)
     ours = case.op(*low)
@@ -103,8 +129,48 @@ def test_without_gradients_error_rule(case, dtype):
     harness.assert_rows_close(ours, case.reference(*low), case.reference(*exact), dtype, f"{case}, {dtype}")
 
 
-def test_gradcheck():
-    harness.assert_gradcheck(SMALL)
+@pytest.mark.parametrize("case", [SMALL, CASES[2], CASES[-1]], ids=str)
+def test_gradcheck(case):
+    harness.assert_gradcheck(case)
+
+
+FROZEN = [
+    ("pwconv1_weight", "pwconv2_weight"),
+    ("x", "dwconv_weight", "dwconv_bias", "norm_weight", "norm_bias"),
+    ("x",),
+]
+
+
+@pytest.mark.parametrize("frozen", [*FROZEN, NAMES, ("x", *NAMES[:-1])], ids=lambda v: f"{v[0]}_{len(v)}")
+def test_gradients_only_where_asked(frozen):
+    names = ("x", *NAMES)
+    right = harness.run(SMALL.op, SMALL, harness.inputs(SMALL, torch.float32, requires_grad=True))[1]
+    args = harness.inputs(SMALL, torch.float32)
+    for name, a in zip(names, args, strict=True):
+        a.requires_grad_(name not in frozen)
+    value = ops.convnext_block(*args)
+    value.backward(harness._cotangents((value,))[0].to(value.dtype))
+    for name, a, expected in zip(names, args, right, strict=True):
+        if name in frozen:
+            assert a.grad is None
+        else:
+            assert torch.equal(a.grad, expected), name
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_backward_skips_the_products_that_nobody_needs(needed):
+    *given, _, _, _ = backward_arguments()
+    full, some = library.convnext_mlp_bwd(*given, True, True, True), library.convnext_mlp_bwd(*given, *needed)
+    for i, (a, b) in enumerate(zip(full, some, strict=True)):
+        wanted = {0: needed[0], 1: needed[1], 5: needed[2]}.get(i, True)
+        assert torch.equal(b, a) if wanted else b.numel() == 0
+
+
+def backward_arguments(case=SMALL, dtype=torch.float32):
+    x, *rest = harness.inputs(case, dtype)
+    u = torch.randn_like(x)
+    _, hidden, norm = library.convnext_mlp_fwd(x, u, *rest[4:], 1e-6)
+    return torch.randn_like(u), u, hidden, norm, *rest[4:9], 1e-6, True, True, True
 
 
 @pytest.mark.parametrize("change", [harness.strided, harness.permuted], ids=lambda f: f.__name__)
@@ -176,6 +242,28 @@ def test_needs_no_hidden_tensor_of_the_batch():
     assert 0 < largest < hidden / 2
 
 
+def bytes_saved_for_backward(function, args):
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(*args)
+    return sum(saved.values())
+
+
+def test_keeps_one_hidden_tensor_for_the_backward():
+    case = block_case(4, 16, 16, 32)
+    args = harness.inputs(case, torch.float32, requires_grad=True)
+    map_bytes, parameter_bytes = args[0].nbytes, sum(a.nbytes for a in args[1:])
+    saved = bytes_saved_for_backward(case.op, args)
+    # x, the convolution's output, the normalised map, four maps for the hidden tensor; statistics and norms are small.
+    assert 4 * map_bytes < saved < 7.2 * map_bytes + parameter_bytes
+    assert saved < bytes_saved_for_backward(case.reference, args) / 2
+
+
 def test_weights_that_require_gradients_run_under_no_grad():
     x, *rest = harness.inputs(SMALL, torch.float32, requires_grad=True)
     with torch.no_grad():
@@ -199,6 +287,16 @@ def test_autocast_casts_the_branch_and_keeps_the_residual(grad):
         assert torch.equal(ops.convnext_block(x, *rest), x)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_of_the_other_half_keeps_the_dtype_of_x(grad):
+    x, *rest = (a.half().requires_grad_(grad) for a in without_gradients(CASES[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.convnext_block(x, *rest)
+    assert out.dtype == torch.float16
+    right = reference.convnext_block(x.float(), *(a.float() for a in rest))
+    assert (out - right).norm() < 0.03 * right.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad", [False, True])
 def test_halves_take_float32_parameters(dtype, grad):
@@ -215,6 +313,9 @@ def test_opcheck():
     torch.library.opcheck(library.convnext_block_fwd.default, (*args, 1e-6))
     none = [None if name in BIASES else a for name, a in zip(NAMES, args[1:], strict=True)]
     torch.library.opcheck(library.convnext_block_fwd.default, (args[0], *none, 1e-6))
+    torch.library.opcheck(library.convnext_mlp_fwd.default, (args[0], args[0] + 1, *args[5:], 1e-6))
+    torch.library.opcheck(library.convnext_mlp_bwd.default, backward_arguments())
+    torch.library.opcheck(library.convnext_mlp_bwd.default, (*backward_arguments()[:-3], False, False, False))
 
 
 def test_flops_are_the_same_with_and_without_gradients():

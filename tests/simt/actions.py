@@ -38,7 +38,9 @@ def space_of(opcode: str) -> str:
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
-@action(f"ld{{.volatile,}}{{.global,.shared,.local,.const,}}{{.nc,.ca,.cg,.cs,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
+@action(f"ld{{.global,.shared,.local,.const,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
+@action(f"ld.global{{.nc,.ca,.cg,.cs}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
+@action(f"ld.volatile{{.global,.shared,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
 def _(w: Writer, s: Statement) -> str:
     type_ = s.opcode.split(".")[-1]
     load = f"load(t, {w.site(s)}, {space_of(s.opcode)}, {w.address(s.operands[1])}, x);"
@@ -52,7 +54,9 @@ def _(w: Writer, s: Statement) -> str:
     return f"{CPP[type_]} x[{len(registers(s.operands[0]))}]; {copy} {w.assign_all(s.operands[0], type_)}"
 
 
-@action(f"st{{.volatile,}}{{.global,.shared,.local,}}{{.cg,.cs,.wb,.wt,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
+@action(f"st{{.global,.shared,.local,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
+@action(f"st.global{{.cg,.cs,.wb,.wt}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
+@action(f"st.volatile{{.global,.shared,}}{{.v2,.v4,}}.{{{MEMORY_TYPES}}}")
 def _(w: Writer, s: Statement) -> str:
     type_ = s.opcode.split(".")[-1]
     values = ", ".join(w.source(r, type_) for r in registers(s.operands[1]))

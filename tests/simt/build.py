@@ -194,14 +194,17 @@ def library_of(path: Path, architecture: str = "compute_80") -> Path:
     return link(objects, f"{path.parent.name}-{path.stem}.so", [], table)
 
 
-def operators(architecture: str = "compute_80") -> Path:
-    """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR."""
+def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only: str | None = None) -> Path:
+    """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR.
+
+    `only`: the one room whose kernels are wanted.
+    """
     import torch
 
     torch_folder = Path(torch.__file__).parent
-    rooms = sorted(p.parent for p in (ROOT / "csrc").glob("*/torch.cpp"))
-    cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists()]
-    include = ["-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{ROOT / 'csrc'}"]
+    rooms = sorted(p.parent for p in csrc.glob("*/torch.cpp"))
+    cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists() and only in (None, r.name)]
+    include = ["-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{csrc}"]
     compiler = [
         nvcc(),
         "-std=c++20",
@@ -221,11 +224,11 @@ def operators(architecture: str = "compute_80") -> Path:
             (room / "torch.cpp").read_text(),
             f"{room.name}-torch",
             [*compiler, *device, *(cuda if room in cuda_rooms else [])],
-            source_text(room / "torch.cpp", ROOT / "csrc") + headers() + torch.__version__,
+            source_text(room / "torch.cpp", csrc) + headers() + torch.__version__,
         )
         for room in rooms
     ]
-    outputs = [pool().submit(nvcc_output, room / "cuda.cu", architecture, ROOT / "csrc") for room in cuda_rooms]
+    outputs = [pool().submit(nvcc_output, room / "cuda.cu", architecture, csrc) for room in cuda_rooms]
     objects, table = [], {}
     for room, output in zip(cuda_rooms, outputs, strict=True):
         kernels, kernel_table = kernel_objects((output.result() / "kernels.ptx").read_text(), f"{room.name}-cuda")

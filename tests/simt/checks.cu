@@ -44,6 +44,12 @@ __global__ void exchanges_between_warps(float* y, bool barrier) {
   if (barrier) __syncthreads();
   y[threadIdx.x] = a[threadIdx.x ^ 32];  // bad: RACE: read after an unordered write
 }
+__global__ void exchanges_behind_a_fence(float* y) {
+  __shared__ float a[64];
+  a[threadIdx.x] = threadIdx.x;
+  __threadfence_block();
+  y[threadIdx.x] = a[threadIdx.x ^ 32];  // bad: RACE: read after an unordered write
+}
 __global__ void exchanges_within_a_warp(float* y, bool synchronise) {
   __shared__ float a[32];
   a[threadIdx.x] = threadIdx.x;
@@ -54,7 +60,7 @@ __global__ void overwrites_what_is_read(float* y, bool barrier) {
   __shared__ float a[64];
   a[threadIdx.x] = threadIdx.x;
   __syncthreads();
-  y[threadIdx.x] = a[63 - threadIdx.x];
+  y[threadIdx.x] = a[threadIdx.x ^ 32];
   if (barrier) __syncthreads();
   a[threadIdx.x] = 0.f;  // bad: RACE: write after an unordered read
 }

@@ -68,6 +68,14 @@ class Library:
     def set_counting(self, on: bool) -> None:
         self.c.simt_set_counting(int(on))
 
+    def allow(self, what: str, file: str, code: str) -> None:
+        """Findings that begin with `what`, on the lines of `file` that contain `code`, are intended."""
+        lines = [i for i, line in enumerate((build.ROOT / file).read_text().splitlines(), 1) if code in line]
+        if not lines:
+            raise LookupError(f"{file} has no line with {code!r}")
+        for line in lines:
+            self.c.simt_allow(what.encode(), file.encode(), line)
+
     def findings(self) -> list[Finding]:
         """Since `clear`, over all launches."""
         return [Finding.parse(line) for line in self.c.simt_findings().decode().splitlines()]
@@ -81,6 +89,11 @@ class Library:
     @property
     def launches(self) -> int:
         return self.c.simt_launches()
+
+    @property
+    def allowed(self) -> int:
+        """How many findings were intended."""
+        return self.c.simt_allowed()
 
     # ---- launching ---------------------------------------------------------------------------------------------
     def array(self, source: np.ndarray | tuple[tuple[int, ...], type]) -> np.ndarray:
@@ -138,3 +151,14 @@ def _three(size) -> ctypes.Array:
 def load(path: str | Path, architecture: str = "compute_80") -> Library:
     """The kernels and launchers of a CUDA or PTX file, built if needed."""
     return Library(build.library_of(Path(path), architecture))
+
+
+PTX_HEAD = ".version 9.0\n.target sm_90\n.address_size 64\n"
+
+
+def load_ptx(text: str, name: str) -> Library:
+    """Kernels written in PTX, without its head."""
+    path = build.BUILD / "ptx" / f"{name}.ptx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(PTX_HEAD + text)
+    return Library(build.library_of(path))

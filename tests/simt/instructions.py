@@ -128,16 +128,15 @@ def floating_point() -> None:
     for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
         define(f"{name}{{.rn,}}{{.ftz,}}{{.sat,}}.f32", f"a {sign} b")
         define(f"{name}{{.rn,}}.f64", f"a {sign} b")
-        define(
-            f"{name}{{.rn,}}{{.f16,.bf16,.f16x2,.bf16x2}}",
-            f"lanes(a, b, [](double x, double y) {{ return x {sign} y; }})",
-        )
+    halves = {"add": "fused(x, 1, y)", "sub": "fused(x, 1, -y)", "mul": "x * y"}
+    for name, code in halves.items():
+        function = f"[](double x, double y) {{ return {code}; }}"
+        define(f"{name}{{.rn,}}{{.f16,.bf16,.f16x2,.bf16x2}}", f"lanes(a, b, {function})")
     define("fma.rn{.ftz,}{.sat,}.f32", "__builtin_fmaf(a, b, c)", "T T T")
     define("fma.rn.f64", "__builtin_fma(a, b, c)", "T T T")
     for way, name in {"rm": "FE_DOWNWARD", "rp": "FE_UPWARD", "rz": "FE_TOWARDZERO"}.items():
         define(f"fma.{way}{{.ftz,}}.f32", f"fused_rounded(a, b, c, {name})", "T T T")
-    fused = "[](double x, double y, double z) { return std::fma(x, y, z); }"
-    define("fma.rn{.f16,.bf16,.f16x2,.bf16x2}", f"lanes(a, b, c, {fused})", "T T T")
+    define("fma.rn{.f16,.bf16,.f16x2,.bf16x2}", "lanes(a, b, c, fused)", "T T T")
     define("div{.rn,.full,.approx}{.ftz,}.f32", "a / b")
     define("div.rn.f64", "a / b")
     for name, what in {"min": "smaller", "max": "larger"}.items():
@@ -164,7 +163,10 @@ def floating_point() -> None:
     for name in ("rcp", "sqrt"):
         define(f"{name}.rn{{.ftz,}}.f32", f"function(a, [](double x) {{ return {functions[name]}; }})", "T")
         define(f"{name}.rn.f64", f"function(a, [](double x) {{ return {functions[name]}; }})", "T")
-    define("rsqrt.approx.f64", "function(a, [](double x) { return 1.0 / std::sqrt(x); })", "T")
+    for name in ("rcp", "rsqrt"):  # a first guess, for the code around it to improve
+        define(
+            f"{name}.approx.ftz.f64", f"leading_bits(function(a, [](double x) {{ return {functions[name]}; }}))", "T"
+        )
     for name in ("ex2", "tanh"):
         define(
             f"{name}.approx{{.f16,.bf16,.f16x2,.bf16x2}}",

@@ -48,6 +48,7 @@ BAD = [
     ("reads_unwritten_global", 1, 32, lambda k: (unwritten(k), floats(k)), "UNINITIALISED READ", (0, 0)),
     ("reads_unwritten_shared", 1, 64, lambda k: (floats(k),), "UNINITIALISED READ", (0, 31)),
     ("exchanges_between_warps", 1, 64, lambda k: (floats(k), False), "RACE: read after an unordered write", (0, 32)),
+    ("exchanges_behind_a_fence", 1, 64, lambda k: (floats(k),), "RACE: read after an unordered write", (0, 32)),
     ("exchanges_within_a_warp", 1, 32, lambda k: (floats(k), False), "RACE: read after an unordered write", (0, 1)),
     ("overwrites_what_is_read", 1, 64, lambda k: (floats(k), False), "RACE: write after an unordered read", (0, 32)),
     (
@@ -55,6 +56,15 @@ BAD = [
         1,
         32,
         lambda k: (floats(k), False),
+        "RACE: write after an unordered read",
+        (0, 5),
+    ),
+    # __syncwarp orders the reads of the writer's own warp, not those of the other.
+    (
+        "reads_together_then_one_writes",
+        1,
+        64,
+        lambda k: (floats(k), True),
         "RACE: write after an unordered read",
         (0, 5),
     ),
@@ -97,7 +107,7 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize("kernel, grid, block, arguments, what, where", BAD, ids=[b[0] for b in BAD])
+@pytest.mark.parametrize("kernel, grid, block, arguments, what, where", BAD, ids=[f"{b[0]}-{b[2]}" for b in BAD])
 def test_reports(library, kernel, grid, block, arguments, what, where):
     shared = 256 if kernel == "reads_behind_shared" else 0
     findings = library.launch(kernel, grid, block, *arguments(library), shared=shared)
@@ -151,11 +161,12 @@ def test_a_finding_in_an_inlined_function_names_its_caller(library):
 
 
 def test_an_allowed_finding_is_counted_and_not_reported(library):
-    line = marked_line("UNINITIALISED READ", "reads_unwritten_global")
-    before = library.c.simt_allowed()
-    library.c.simt_allow(b"UNINITIALISED READ", b"tests/simt/checks.cu", line)
+    before = library.allowed
+    with pytest.raises(LookupError, match="has no line with 'no such code'"):
+        library.allow("UNINITIALISED READ", "tests/simt/checks.cu", "no such code")
+    library.allow("UNINITIALISED READ", "tests/simt/checks.cu", "y[threadIdx.x] = x[threadIdx.x];  // bad")
     assert library.launch("reads_unwritten_global", 1, 32, unwritten(library), floats(library)) == []
-    assert library.c.simt_allowed() - before == 32
+    assert library.allowed - before == 32
     assert library.launch("reads_unwritten_shared", 1, 64, floats(library)) != []
 
 

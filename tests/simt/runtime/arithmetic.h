@@ -70,6 +70,15 @@ inline I to_integer(double x) {
   return static_cast<I>(x);
 }
 
+// x * y + z of halves, whose product a double holds, rounded to odd: so that the rounding to a half that follows decides alone.
+inline double fused(double x, double y, double z) {
+  const double product = x * y, sum = product + z;
+  if (!std::isfinite(sum)) return sum;
+  const double of_z = sum - product, error = (product - (sum - of_z)) + (z - of_z);
+  if (error == 0 || std::bit_cast<uint64_t>(sum) & 1) return sum;
+  return std::nextafter(sum, error > 0 ? INFINITY : -INFINITY);
+}
+
 // f on one half, or on both of a pair.
 template <class H, class F, class... Rest>
 inline H lanes_of(F f, H x, Rest... rest) { return narrow<H>(f(widen(x), widen(rest)...)); }
@@ -90,6 +99,9 @@ inline float saturate(float x) { return x > 0 ? (x < 1 ? x : 1.f) : 0.f; }  // N
 
 template <class X, class F>
 inline X function(X x, F f) { return static_cast<X>(f(static_cast<double>(x))); }
+
+// The upper half of a double.
+inline double leading_bits(double x) { return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & 0xffffffff00000000); }
 
 template <class X, class F>
 inline bool compare(X a, X b, F f, bool if_unordered) {

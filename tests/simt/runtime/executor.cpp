@@ -114,7 +114,8 @@ std::string axes(const uint32_t (&v)[3]) {
 bool is_allowed(const Site& s, const std::string& what) {
   Findings& f = findings();
   for (const Allowed& a : f.allowed)
-    if (what.rfind(a.what, 0) == 0 && ((a.file == s.file && a.line == s.line) || (a.file == s.caller_file && a.line == s.caller_line))) {
+    if (what.rfind(a.what, 0) == 0 &&
+        ((a.file == s.file && a.line == s.line) || (a.file == s.caller_file && a.line == s.caller_line))) {
       ++f.allowed_count;
       return true;
     }
@@ -132,8 +133,8 @@ void report(Thread& t, int site, const char* what, const std::string& detail) {
   std::ostringstream text;
   text << what << ": " << s.file << ":" << s.line;
   if (*s.caller_file) text << " (inlined at " << s.caller_file << ":" << s.caller_line << ")";
-  text << ", block " << axes(t.block->index) << ", thread " << axes(t.index) << ", kernel " << demangled(t.block->kernel->name) << " ["
-       << s.text << "]" << (detail.empty() ? "" : ": ") << detail;
+  text << ", block " << axes(t.block->index) << ", thread " << axes(t.index) << ", kernel " << demangled(t.block->kernel->name)
+       << " [" << s.text << "]" << (detail.empty() ? "" : ": ") << detail;
   add_finding(text.str());
 }
 
@@ -164,8 +165,10 @@ bool release_barrier(Block& b) {
   for (Thread& t : b.all) {
     if (t.state == State::kDone) continue;
     if (t.state != State::kWaitsForBlock) return false;
-    if (!first) first = &t;
-    else if (t.site != first->site) report(t, t.site, "THREADS OF A BLOCK WAIT AT DIFFERENT BARRIERS");
+    if (!first)
+      first = &t;
+    else if (t.site != first->site)
+      report(t, t.site, "THREADS OF A BLOCK WAIT AT DIFFERENT BARRIERS");
   }
   if (!first) return false;
   ++b.epoch;
@@ -195,7 +198,8 @@ bool release_active_masks(Block& b) {
 void report_deadlock(Block& b) {
   for (Thread& t : b.all)
     if (t.state != State::kDone && t.state != State::kRuns) {
-      const auto waiting = std::count_if(b.all.begin(), b.all.end(), [&](const Thread& o) { return o.state == t.state && o.site == t.site; });
+      const auto waiting =
+          std::count_if(b.all.begin(), b.all.end(), [&](const Thread& o) { return o.state == t.state && o.site == t.site; });
       return report(t, t.site, "DEADLOCK", std::to_string(waiting) + " threads wait here, of " + std::to_string(b.all.size()));
     }
 }
@@ -219,8 +223,10 @@ void run_block(Block& b, const std::vector<uint32_t>& order) {
 std::vector<uint32_t> ordered(uint32_t n, const std::string& order, uint32_t salt) {
   std::vector<uint32_t> result(n);
   std::iota(result.begin(), result.end(), 0);
-  if (order == "reversed") std::reverse(result.begin(), result.end());
-  else if (order != "forward") std::shuffle(result.begin(), result.end(), std::mt19937(std::stoul(order) + salt));
+  if (order == "reversed")
+    std::reverse(result.begin(), result.end());
+  else if (order != "forward")
+    std::shuffle(result.begin(), result.end(), std::mt19937(std::stoul(order) + salt));
   return result;
 }
 
@@ -257,7 +263,8 @@ void run_grid(Block& b, const std::string& order) {
   for (const uint32_t i : ordered(blocks, order, 0)) {
     b.index[0] = i % b.grid[0], b.index[1] = i / b.grid[0] % b.grid[1], b.index[2] = i / b.grid[0] / b.grid[1];
     b.first_epoch = ++b.epoch;
-    for (uint32_t w = 0; w < b.warps.size(); ++w) b.warps[w] = {w * kLanes, n - w * kLanes >= kLanes ? ~0u : (1u << (n - w * kLanes)) - 1};
+    for (uint32_t w = 0; w < b.warps.size(); ++w)
+      b.warps[w] = {w * kLanes, n - w * kLanes >= kLanes ? ~0u : (1u << (n - w * kLanes)) - 1};
     for (uint32_t t = 0; t < n; ++t) begin_thread(b, t);
     run_block(b, ordered(n, order, i));
     if (traffic::enabled) traffic::end_block();
@@ -268,12 +275,13 @@ void write_traffic(const Block& b) {
   uint64_t read, written;
   memory::compulsory_bytes(read, written);
   std::ostringstream text;
-  text << "{\"kernel\": \"" << b.kernel->name << "\", \"grid\": [" << b.grid[0] << ", " << b.grid[1] << ", " << b.grid[2] << "], \"threads\": "
-       << b.all.size() << ", \"shared\": " << b.shared_bytes << ", \"read\": " << read << ", \"written\": " << written << ", \"sites\": [";
+  text << "{\"kernel\": \"" << b.kernel->name << "\", \"grid\": [" << b.grid[0] << ", " << b.grid[1] << ", " << b.grid[2]
+       << "], \"threads\": " << b.all.size() << ", \"shared\": " << b.shared_bytes << ", \"read\": " << read
+       << ", \"written\": " << written << ", \"sites\": [";
   const auto& counts = traffic::counts();
   for (size_t i = 0; i < counts.size(); ++i)
-    text << (i ? ", " : "") << "[" << counts[i].requests << ", " << counts[i].lanes << ", " << counts[i].units << ", " << counts[i].ideal << ", "
-         << counts[i].shared << "]";
+    text << (i ? ", " : "") << "[" << counts[i].requests << ", " << counts[i].lanes << ", " << counts[i].units << ", "
+         << counts[i].ideal << ", " << counts[i].shared << "]";
   text << "], \"blocks\": [";
   for (int i = 0; i < b.kernel->code_blocks; ++i) text << (i ? ", " : "") << b.counts[i];
   text << "]}";
@@ -284,8 +292,15 @@ void write_traffic(const Block& b) {
 
 Kernel::Kernel(const char* name, void (*run)(Thread&), const Site* sites, int site_count, int code_blocks, uint32_t shared_bytes,
                const Parameter* parameters, int parameter_count, uint32_t parameter_bytes)
-    : name(name), run(run), sites(sites), site_count(site_count), code_blocks(code_blocks), shared_bytes(shared_bytes),
-      parameters(parameters), parameter_count(parameter_count), parameter_bytes(parameter_bytes) {
+    : name(name),
+      run(run),
+      sites(sites),
+      site_count(site_count),
+      code_blocks(code_blocks),
+      shared_bytes(shared_bytes),
+      parameters(parameters),
+      parameter_count(parameter_count),
+      parameter_bytes(parameter_bytes) {
   kernels()[name] = this;
 }
 
@@ -329,9 +344,11 @@ int launch(const std::string& name, const uint32_t grid[3], const uint32_t block
     if (f.in_launch) break;
     if (i == 0 && counting) write_traffic(b);
     traffic::enabled = false;
-    if (i == 0) memory::keep_result();
+    if (i == 0)
+      memory::keep_result();
     else if (const std::string difference = memory::difference_from_result(); !difference.empty())
-      add_finding("RESULT DEPENDS ON THE ORDER OF THE THREADS: kernel " + demangled(k.name) + ", order " + orders[i] + ": " + difference);
+      add_finding("RESULT DEPENDS ON THE ORDER OF THE THREADS: kernel " + demangled(k.name) + ", order " + orders[i] + ": " +
+                  difference);
     if (i + 1 < orders.size()) memory::restore();
   }
   traffic::enabled = counting;

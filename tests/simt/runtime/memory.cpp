@@ -18,20 +18,20 @@ namespace {
 
 enum Flag : uint8_t { kInitialised = 1, kAtomicWrite = 2, kManyWarpsRead = 4, kOtherBlocksRead = 8, kInFlight = 16 };
 
-constexpr uint16_t kPattern = 0xffe5;              // a NaN in every floating-point dtype
-constexpr uint64_t kGap = 64 * 1024;               // regions begin at multiples of it and have as much free space behind them
-constexpr uint64_t kArena = uint64_t{1} << 40;     // address space, not memory
-constexpr size_t kQuarantine = 256;                // released arrays of one size that wait before their addresses are used again
+constexpr uint16_t kPattern = 0xffe5;           // a NaN in every floating-point dtype
+constexpr uint64_t kGap = 64 * 1024;            // regions begin at multiples of it and have as much free space behind them
+constexpr uint64_t kArena = uint64_t{1} << 40;  // address space, not memory
+constexpr size_t kQuarantine = 256;             // released arrays of one size that wait before their addresses are used again
 
 struct Arena {
   char* begin = nullptr;
   uint64_t used = 0;
-  std::map<uint64_t, std::unique_ptr<Region>> regions;       // by base
-  std::map<uint64_t, std::deque<uint64_t>> released;         // by size
-  std::vector<Region*> touched;                              // by the present launch
+  std::map<uint64_t, std::unique_ptr<Region>> regions;  // by base
+  std::map<uint64_t, std::deque<uint64_t>> released;    // by size
+  std::vector<Region*> touched;                         // by the present launch
   std::unique_ptr<Region> shared = std::make_unique<Region>();
   uint64_t run = 0;
-  Region* recent[4096] = {};                                 // by address
+  Region* recent[4096] = {};  // by address
 };
 Arena& arena() {
   static Arena& a = *new Arena;  // never destroyed: tensors may be released at exit
@@ -59,7 +59,8 @@ std::string nearest(uint64_t address) {
   const uint64_t beyond = address - r.base - r.bytes;
   if (address < r.base + r.bytes) return "across the end of an array of " + std::to_string(r.bytes) + " bytes";
   if (beyond < kGap) return std::to_string(beyond) + " bytes behind an array of " + std::to_string(r.bytes) + " bytes";
-  if (next != regions.end() && next->first - address <= kGap) return std::to_string(next->first - address) + " bytes before an array";
+  if (next != regions.end() && next->first - address <= kGap)
+    return std::to_string(next->first - address) + " bytes before an array";
   return "no array";
 }
 
@@ -85,7 +86,8 @@ void refine(Region& r, uint32_t bytes) {
     std::vector<Cell> finer((r.bytes + (1 << r.shift) - 1) >> r.shift);
     for (uint64_t i = 0; i < finer.size(); ++i) {
       finer[i] = r.cells[i / 2];
-      if (!r.shared && finer[i].write_epoch == 0 && has_pattern(r, (i << r.shift) & ~uint64_t{1}, r.shift)) finer[i].flags &= ~kInitialised;
+      if (!r.shared && finer[i].write_epoch == 0 && has_pattern(r, (i << r.shift) & ~uint64_t{1}, r.shift))
+        finer[i].flags &= ~kInitialised;
     }
     r.cells = std::move(finer);
   }
@@ -133,8 +135,10 @@ Order after_reads(const Thread& t, const Cell& c, bool shared) {
 void read_cell(Thread& t, int site, Cell& c, bool shared) {
   const Block& b = *t.block;
   const bool of_block = c.write_epoch >= b.first_epoch;
-  if (c.flags & kInFlight && of_block) report(t, site, "READ BEFORE cp.async HAS BEEN WAITED FOR");
-  else if (!of_block && (shared || !(c.flags & kInitialised))) report(t, site, "UNINITIALISED READ");
+  if (c.flags & kInFlight && of_block)
+    report(t, site, "READ BEFORE cp.async HAS BEEN WAITED FOR");
+  else if (!of_block && (shared || !(c.flags & kInitialised)))
+    report(t, site, "UNINITIALISED READ");
   if (const Order order = after_write(t, c, shared); order != Order::kBefore)
     report(t, site, order == Order::kRace ? "RACE: read after an unordered write" : "RACE BETWEEN BLOCKS: read after a write");
   const uint8_t warp = t.flat / kLanes;
@@ -171,8 +175,10 @@ void each_cell(Region& r, uint64_t offset, uint32_t bytes, const F& f) {
 }
 
 void touch(Thread& t, int site, Region& r, uint64_t offset, uint32_t bytes, Access kind) {
-  if (kind == Access::kRead) each_cell(r, offset, bytes, [&](Cell& c) { read_cell(t, site, c, r.shared); });
-  else each_cell(r, offset, bytes, [&](Cell& c) { write_cell(t, site, c, r.shared, kind); });
+  if (kind == Access::kRead)
+    each_cell(r, offset, bytes, [&](Cell& c) { read_cell(t, site, c, r.shared); });
+  else
+    each_cell(r, offset, bytes, [&](Cell& c) { write_cell(t, site, c, r.shared, kind); });
 }
 
 // Where a bad access goes: reads give zeros, writes are lost.
@@ -205,7 +211,8 @@ void* check(Thread& t, int site, Space space, uint64_t address, uint32_t bytes, 
     const uint64_t offset = space == kShared ? address : address - shared_window;
     Region& r = *arena().shared;
     if (offset + bytes > r.bytes) {
-      report(t, site, "SHARED MEMORY OUT OF BOUNDS", "offset " + std::to_string(offset) + " of " + std::to_string(r.bytes) + " bytes");
+      report(t, site, "SHARED MEMORY OUT OF BOUNDS",
+             "offset " + std::to_string(offset) + " of " + std::to_string(r.bytes) + " bytes");
       return nowhere();
     }
     if ((1u << r.shift) > bytes) refine(r, bytes);
@@ -220,7 +227,8 @@ void* check(Thread& t, int site, Space space, uint64_t address, uint32_t bytes, 
   }
   Region* const found = space == kLocal ? nullptr : find(address, bytes);
   if (!found) {
-    report(t, site, space == kLocal ? "LOCAL MEMORY OUT OF BOUNDS" : "OUT OF BOUNDS", hexadecimal(address) + ", " + nearest(address));
+    report(t, site, space == kLocal ? "LOCAL MEMORY OUT OF BOUNDS" : "OUT OF BOUNDS",
+           hexadecimal(address) + ", " + nearest(address));
     return nowhere();
   }
   Region& r = prepared(*found, bytes);
@@ -240,7 +248,8 @@ void* access(Thread& t, int site, Space space, uint64_t address, uint32_t bytes,
   return place;
 }
 
-// ---- cp.async: done when it is waited for; from its start until then nobody may touch the destination --------------------------
+// ---- cp.async: done when it is waited for; from its start until then nobody may touch the destination
+// --------------------------
 void copy_async(Thread& t, int site, uint64_t to, uint64_t from, uint32_t bytes, uint32_t given) {
   Region& shared = *arena().shared;
   if (given > bytes) return report(t, site, "cp.async GIVEN MORE BYTES THAN IT COPIES");
@@ -313,7 +322,8 @@ void release(void* p) {
 void begin_launch(uint32_t shared_bytes) {
   Arena& a = arena();
   if (!shared_window)
-    shared_window = reinterpret_cast<uint64_t>(mmap(nullptr, kSharedWindow, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    shared_window =
+        reinterpret_cast<uint64_t>(mmap(nullptr, kSharedWindow, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   for (Region* r : a.touched) r->cells = {}, r->before = {}, r->result = {}, r->written = false;
   a.touched.clear();
   Region& s = *a.shared;
@@ -335,11 +345,13 @@ void keep_result() {
 std::string difference_from_result() {
   for (const Region* r : arena().touched) {
     if (!r->written && r->result.empty()) continue;
-    if (!r->written || r->result.empty()) return "an array of " + std::to_string(r->bytes) + " bytes is written in one order only";
+    if (!r->written || r->result.empty())
+      return "an array of " + std::to_string(r->bytes) + " bytes is written in one order only";
     const uint8_t* now = reinterpret_cast<const uint8_t*>(r->base);
     const auto different = std::mismatch(r->result.begin(), r->result.end(), now).first;
     if (different != r->result.end())
-      return "byte " + std::to_string(different - r->result.begin()) + " of an array of " + std::to_string(r->bytes) + " bytes differs";
+      return "byte " + std::to_string(different - r->result.begin()) + " of an array of " + std::to_string(r->bytes) +
+             " bytes differs";
   }
   return "";
 }

@@ -1,9 +1,9 @@
 // Memory that kernels may touch, and what is known of each cell of it.
 //
-// Device memory is allocated here, each array a region with untouched space around it, filled with a pattern: what still holds the
-// pattern when a kernel reads it was never written. For every cell (4 bytes, or less where a kernel uses smaller accesses) the last
-// write and the reads since are kept, with the barrier epoch and warp clock of each; two accesses of which one writes must be
-// ordered by a barrier or a warp synchronisation, else they race.
+// Device memory is allocated here, each array a region with untouched space around it, filled with a pattern: what still holds
+// the pattern when a kernel reads it was never written. For every cell (4 bytes, or less where a kernel uses smaller accesses)
+// the last write and the reads since are kept, with the barrier epoch and warp clock of each; two accesses of which one writes
+// must be ordered by a barrier or a warp synchronisation, else they race.
 #pragma once
 #include "simt.h"
 
@@ -36,10 +36,10 @@ namespace memory {
 void* allocate(uint64_t bytes);
 void release(void* p);
 void begin_launch(uint32_t shared_bytes);
-void begin_run();    // with one thread order
-void keep_result();  // after the first run
-std::string difference_from_result();  // "" if this run wrote the same
-void restore();      // memory as it was before the run
+void begin_run();                                          // with one thread order
+void keep_result();                                        // after the first run
+std::string difference_from_result();                      // "" if this run wrote the same
+void restore();                                            // memory as it was before the run
 void compulsory_bytes(uint64_t& read, uint64_t& written);  // in whole sectors, by this run
 }  // namespace memory
 

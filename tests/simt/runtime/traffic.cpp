@@ -65,8 +65,10 @@ void add(Count& c, const Request& r) {
 
 }  // namespace
 
-void begin(const Kernel& kernel) { result.assign(kernel.site_count, {}); }
-void begin_block(uint32_t) { sites.clear(); }
+void begin(const Kernel& kernel) {
+  result.assign(kernel.site_count, {});
+  sites.clear();
+}
 
 void count(Thread& t, int site, uint64_t address, uint32_t bytes) {
   Site& s = sites[{t.flat / kLanes, site}];

@@ -12,7 +12,6 @@ struct Count {
 
 extern bool enabled;
 void begin(const Kernel& kernel);
-void begin_block(uint32_t warps);
 void count(Thread& t, int site, uint64_t address, uint32_t bytes);
 void count_matrix(const Thread* lanes, int matrix);  // ldmatrix: rows of 16 bytes
 void end_block();

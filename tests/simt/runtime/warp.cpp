@@ -1,10 +1,10 @@
 // What the lanes of a warp do together: synchronise, shuffle, vote, and the matrix instructions.
+#include <algorithm>
+
 #include "arithmetic.h"
 #include "memory.h"
 #include "simt.h"
 #include "traffic.h"
-
-#include <algorithm>
 
 namespace simt {
 namespace {
@@ -35,7 +35,10 @@ void exchange(Block& block, Warp& warp, uint32_t mask) {
   each(block, warp, mask, [&](int lane, Thread& t) {
     const int b = t.in[1] & 31, clamp = t.in[2] & 31, segment = t.in[2] >> 8 & 31;
     const int least = lane & segment, most = (lane & segment) | (clamp & ~segment);
-    int from = S == Shuffle::idx ? least | (b & ~segment) : S == Shuffle::up ? lane - b : S == Shuffle::down ? lane + b : lane ^ b;
+    int from = S == Shuffle::idx    ? least | (b & ~segment)
+               : S == Shuffle::up   ? lane - b
+               : S == Shuffle::down ? lane + b
+                                    : lane ^ b;
     t.out[1] = S == Shuffle::up ? from >= most : from <= most;
     if (!t.out[1]) from = lane;
     if (!(mask >> from & 1)) {
@@ -74,7 +77,9 @@ void read_matrices(Block& block, Warp& warp, uint32_t) {
 
 void transpose_rows(Block& block, Warp& warp, uint32_t) {
   Thread* const lanes = &block.all[warp.first];
-  const auto element = [&](int row, int column) { return static_cast<uint16_t>(lanes[row * 4 + column / 2].in[0] >> column % 2 * 16); };
+  const auto element = [&](int row, int column) {
+    return static_cast<uint16_t>(lanes[row * 4 + column / 2].in[0] >> column % 2 * 16);
+  };
   for (int l = 0; l < kLanes; ++l) lanes[l].out[0] = element(l % 4 * 2, l / 4) | uint32_t(element(l % 4 * 2 + 1, l / 4)) << 16;
 }
 
@@ -114,15 +119,14 @@ void together(Thread& t, int site, uint32_t mask, void (*operation)(Block&, Warp
     mask &= warp.exists;
   }
   t.site = site, t.mask = mask, t.operation = operation;
-  const State before = t.state;
   t.state = State::kWaitsForWarp;
   bool all = true;
   each(*t.block, warp, mask, [&](int, Thread& o) {
     // Lanes may meet at different __syncwarp(); everything else is one instruction for all of them.
-    all = all && o.state == State::kWaitsForWarp && o.operation == operation && o.mask == mask && (o.site == site || operation == order);
+    all = all && o.state == State::kWaitsForWarp && o.operation == operation && o.mask == mask &&
+          (o.site == site || operation == order);
   });
   if (!all) return wait(t, State::kWaitsForWarp);
-  t.state = before;
   operation(*t.block, warp, mask);
   each(*t.block, warp, mask, [](int, Thread& o) { o.state = State::kRuns; });
 }

@@ -1,0 +1,172 @@
+"""What each kernel moves and needs, held against tests/simt/budget.json: `python -m tests.simt budget [--update]`.
+
+Of each kernel at each shape, counted on the executor: 32-byte sectors of global memory and wavefronts of shared memory
+against the fewest for the bytes asked for; bytes moved against bytes that must move once; instructions. From ptxas:
+registers, spills, and the share of an A100's threads that they and shared memory leave room for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import build
+
+BUDGET = Path(__file__).parent / "budget.json"
+LARGER_IS_WORSE = ("sectors", "wavefronts", "moved", "instructions", "registers", "spills")
+TOLERANCE = 1.005
+
+
+def calls() -> Iterator[tuple[str, Callable, list]]:
+    """Operators, each at a shape: name, function, inputs. Small, as the executor is slow; whole vectors and tiles."""
+    import torch
+
+    from convdit import ops
+
+    def randn(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        kind = str(dtype).removeprefix("torch.")
+        rows, columns = (2, 32, 768), (2, 768)
+        vectors = [torch.randn(*columns) for _ in range(3)]
+        yield f"layer_norm_modulate 2x32x768 {kind}", ops.layer_norm_modulate, [randn(dtype, *rows), *vectors[:2]]
+        yield (
+            f"gated_residual_layer_norm_modulate 2x32x768 {kind}",
+            ops.gated_residual_layer_norm_modulate,
+            [randn(dtype, *rows), randn(dtype, *rows), *vectors],
+        )
+        conv = [randn(dtype, 1, 28, 28, 96), torch.randn(96, 1, 7, 7), *(torch.randn(96) for _ in range(3))]
+        yield f"depthwise_conv2d_layer_norm 1x28x28x96 {kind}", ops.depthwise_conv2d_layer_norm, conv
+        grn = [randn(dtype, 2, 14, 14, 384), torch.randn(384), torch.randn(384)]
+        yield f"gelu_grn 2x14x14x384 {kind}", ops.gelu_grn, grn
+        yield (
+            f"packed_attention 1x128x2x64 {kind}",
+            lambda qkv: ops.packed_attention(qkv, 2),
+            [randn(dtype, 1, 128, 3 * 128)],
+        )
+
+
+def short(kernel: str) -> str:
+    """A demangled name without namespaces and parameters."""
+    name = re.sub(r"\(anonymous namespace\)::|convdit::(cuda::)?|^void ", "", kernel)
+    depth = 0
+    for i, c in enumerate(name):
+        depth += (c == "<") - (c == ">")
+        if c == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def ptxas(folder: Path) -> dict[str, dict[str, int]]:
+    """Registers, spilled bytes and static shared memory of each kernel (by symbol) of a PTX file, for sm_80."""
+    command = ["ptxas", "-arch=sm_80", "-v", "-o", os.devnull, str(folder / "kernels.ptx")]
+    told = subprocess.run(command, capture_output=True, text=True).stderr
+    result = {}
+    for match in re.finditer(r"Compiling entry function '(\S+)' for.*?(?=Compiling entry function|\Z)", told, re.S):
+
+        def number(pattern: str, text: str = match[0]) -> int:
+            return sum(int(n) for n in re.findall(pattern, text))
+
+        result[match[1]] = {
+            "registers": number(r"Used (\d+) registers"),
+            "spills": number(r"(\d+) bytes spill (?:stores|loads)"),
+            "shared": number(r"(\d+) bytes smem"),
+        }
+    return result
+
+
+def occupancy(registers: int, shared: int, threads: int) -> float:
+    """Share of the 2048 threads of an A100's multiprocessor (64 K registers, 164 KB of shared memory, 32 blocks)."""
+    warps = -(-threads // 32)
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = 164 * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """By "operator and shape: kernel". Runs in a process that has the operators of CONVDIT_LIBRARY_DIR."""
+    import torch
+
+    import convdit  # noqa: F401  (loads the library)
+
+    from .executor import Library
+
+    torch.manual_seed(0)
+    folder = Path(os.environ["CONVDIT_LIBRARY_DIR"])
+    library = Library(folder / "libconvdit_ops.so")
+    library.set_counting(True)
+    static = {}
+    for cuda in sorted((build.ROOT / "csrc").glob("*/cuda.cu")):
+        static |= ptxas(build.nvcc_output(cuda, "compute_80", build.ROOT / "csrc"))
+    rows = {}
+    for name, function, inputs in calls():
+        library.clear()
+        inputs = [t.requires_grad_() for t in inputs]
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs])
+        if library.findings():
+            raise SystemExit(f"{name}: {library.findings()[0].text}")
+        for launch in library.traffic():
+            kernel = launch["kernel"]
+            row = counted(launch, library.kernels[kernel])
+            row |= {k: static[kernel][k] for k in ("registers", "spills")}
+            row["occupancy"] = occupancy(static[kernel]["registers"], launch["shared"], launch["threads"])
+            key = f"{name}: {short(library.demangled[kernel])}"
+            rows[key if key not in rows else f"{key} (again)"] = row
+    return rows
+
+
+def counted(launch: dict, code: dict) -> dict[str, float]:
+    units, ideal = Counter(), Counter()
+    for _requests, _lanes, site_units, site_ideal, shared in launch["sites"]:
+        units[shared] += site_units
+        ideal[shared] += site_ideal
+    compulsory = launch["read"] + launch["written"]
+    blocks = zip(launch["blocks"], code["blocks"], strict=True)
+    row = {
+        "sectors": units[0] / max(1, ideal[0]),
+        "moved": 32 * units[0] / max(1, compulsory),
+        "instructions": sum(n * sum(opcodes.values()) for n, opcodes in blocks),
+    }
+    if units[1]:
+        row["wavefronts"] = units[1] / ideal[1]
+    return {k: round(v, 3) for k, v in row.items()}
+
+
+def worse(now: dict, before: dict) -> list[str]:
+    """What has become worse, or is new or gone, in words."""
+    found = [f"{key}: no such launch any more" for key in before.keys() - now.keys()]
+    for key, row in now.items():
+        if key not in before:
+            found.append(f"{key}: not in the budget")
+            continue
+        for what, limit in before[key].items():
+            value = row.get(what, 0)
+            if what in LARGER_IS_WORSE and value > limit * TOLERANCE:
+                found.append(f"{key}: {what} {value}, was {limit}")
+            if what == "occupancy" and value < limit:
+                found.append(f"{key}: {what} {value}, was {limit}")
+    return sorted(found)
+
+
+def main(update: bool) -> int:
+    now = measure()
+    if update:
+        BUDGET.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+        print(f"{len(now)} launches written to {BUDGET.relative_to(build.ROOT)}")
+        return 0
+    found = worse(now, json.loads(BUDGET.read_text()))
+    print("\n".join([*found, f"budget: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"]))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main("--update" in sys.argv[1:]))
