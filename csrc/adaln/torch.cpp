@@ -95,12 +95,13 @@ Tensor parameter_gradient(const Tensor& x) {  // zero where there is no token to
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in, const Tensor& mean, const Tensor& rstd) {
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in, const Tensor& mean_in, const Tensor& rstd_in) {
   check_x(x_in);
   check_shape("grad", grad_in, {x_in.size(0), x_in.size(1), x_in.size(2)});
   check_dtype("grad", grad_in, x_in.scalar_type());
   const Tensor grad = dense(grad_in), x = dense(x_in), scale = dense(scale_in), work = workspace(x);
   const Tensor grad_x = allocate_like(x), grad_shift = parameter_gradient(x), grad_scale = parameter_gradient(x);
+  const Tensor mean = check_parameter("mean", mean_in, {x.size(0), x.size(1)}, x), rstd = check_parameter("rstd", rstd_in, {x.size(0), x.size(1)}, x);
   AdalnBackward p = backward_params(x);
   p.grad_out = grad.const_data_ptr(), p.residual = x.const_data_ptr(), p.scale = scale.const_data_ptr();
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr(), p.grad_x = grad_x.mutable_data_ptr();
@@ -124,13 +125,15 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad_in, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_bwd(
     const Tensor& grad_residual_in, const Tensor& grad_out_in, const Tensor& residual_in, const Tensor& y_in, const Tensor& gate_in,
-    const Tensor& scale_in, const Tensor& mean, const Tensor& rstd) {
+    const Tensor& scale_in, const Tensor& mean_in, const Tensor& rstd_in) {
   check_x(residual_in);
   const DType branch = check_branch(residual_in, y_in);
   const Tensor grad_residual = dense(grad_residual_in), grad_out = dense(grad_out_in), residual = dense(residual_in);
   const Tensor y = dense(y_in), gate = dense(gate_in), scale = dense(scale_in), work = workspace(residual);
   const Tensor grad_x = allocate_like(residual), grad_y = allocate_like(y), grad_gate = parameter_gradient(residual);
   const Tensor grad_shift = parameter_gradient(residual), grad_scale = parameter_gradient(residual);
+  const Tensor mean = check_parameter("mean", mean_in, {residual.size(0), residual.size(1)}, residual);
+  const Tensor rstd = check_parameter("rstd", rstd_in, {residual.size(0), residual.size(1)}, residual);
   AdalnBackward p = backward_params(residual);
   p.branch_dtype = branch;
   p.grad_residual = grad_residual.const_data_ptr(), p.grad_out = grad_out.const_data_ptr(), p.residual = residual.const_data_ptr();

@@ -138,18 +138,18 @@ inline Runner torch_runner() {
 #ifdef CONVDIT_DEVICE_CUDA
 #include <cuda_runtime_api.h>
 namespace convdit {
+// A kernel that this GPU has no code for is an error of the build, not of the call: CONVDIT_CUDA_ARCHS is what was built.
 inline void check_launch(int status, const char* what) {
-  if (status == 0) return;
-  const auto error = static_cast<cudaError_t>(status);
-  if (error == cudaErrorNoKernelImageForDevice) {
+  if (status == cudaSuccess) return;
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction || status == cudaErrorUnsupportedPtxVersion) {
     int device = 0, major = 0, minor = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    fail(what, ": this build of convdit has no code for this GPU (compute capability ", major, ".", minor,
-                    "); convdit.build_info()['cuda_archs'] lists what it has. Rebuild with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
+    fail(what, ": convdit was built for the CUDA architectures ", CONVDIT_CUDA_ARCHS, ", and this GPU, of compute capability ", major, ".",
+         minor, ", can use none of them. Rebuild with TORCH_CUDA_ARCH_LIST=", major, ".", minor);
   }
-  fail(what, ": CUDA launch failed: ", cudaGetErrorString(error));
+  fail(what, ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;

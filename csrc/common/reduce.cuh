@@ -20,16 +20,23 @@ __device__ __forceinline__ A warp_max(A x) {  // passes over NaN
   return x;
 }
 
-// Sums of two values over the block; `scratch` is shared memory for 2 values a warp. All threads must call it.
-template <class A>
-__device__ __forceinline__ void block_sum(A& x, A& y, A* scratch) {
+// Sums of N values over the block; `scratch` is shared memory for N values a warp. All threads must call it.
+template <int N, class A>
+__device__ __forceinline__ void block_sums(A (&values)[N], A* scratch) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  x = warp_sum(x), y = warp_sum(y);
+#pragma unroll
+  for (int k = 0; k < N; ++k) values[k] = warp_sum(values[k]);
   __syncthreads();  // the sums before may still be read
-  if (threadIdx.x % kWarp == 0) scratch[2 * warp] = x, scratch[2 * warp + 1] = y;
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) scratch[N * warp + k] = values[k];
+  }
   __syncthreads();
-  x = y = 0;
-  for (int i = 0; i < warps; ++i) x += scratch[2 * i], y += scratch[2 * i + 1];
+#pragma unroll
+  for (int k = 0; k < N; ++k) values[k] = 0;
+  for (int i = 0; i < warps; ++i)
+#pragma unroll
+    for (int k = 0; k < N; ++k) values[k] += scratch[N * i + k];
 }
 
 // Threads of a block as `groups` groups of `width` threads: adds up what the threads of the same place in each group hold. The

@@ -7,6 +7,7 @@
 #include "depthwise_conv/depthwise_conv.h"
 
 #include "common/depthwise.cuh"
+#include "common/layer_norm_backward.cuh"
 
 namespace convdit::cuda {
 namespace {
@@ -184,46 +185,6 @@ int forward(const DepthwiseConv& p, cudaStream_t stream) {
   return launch_status();
 }
 
-// ---- LayerNorm of a site, one warp a site --------------------------------------------------------------------------
-template <class T>
-__global__ void normalise_sites(DepthwiseConvLayerNorm p, bool whole) {
-  using A = accum_t<T>;
-  constexpr int vector = kVector<T>;
-  const int64_t channels = p.conv.channels, sites = p.conv.batch * p.conv.height * p.conv.width;
-  const int lane = threadIdx.x % kWarp;
-  const A *weight = static_cast<const A*>(p.ln_weight), *bias = static_cast<const A*>(p.ln_bias);
-  const int64_t first = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp, step = int64_t{gridDim.x} * kThreads / kWarp;
-  for (int64_t site = first; site < sites; site += step) {
-    const T* y = static_cast<const T*>(p.conv.y) + site * channels;
-    T* out = static_cast<T*>(p.out) + site * channels;
-    A mean, rstd;
-    warp_row_statistics<vector>(
-        channels, static_cast<A>(p.eps), [&](int64_t i, A(&v)[vector]) { load(y + i, channels - i, whole, v); }, mean, rstd);
-    if (lane == 0 && p.mean) {
-      static_cast<A*>(p.mean)[site] = mean;
-      static_cast<A*>(p.rstd)[site] = rstd;
-    }
-    for (int64_t i = lane * vector; i < channels; i += kWarp * vector) {
-      A v[vector], w[vector], b[vector];
-      load(y + i, channels - i, whole, v);
-      load(weight + i, channels - i, whole, w);
-      load(bias + i, channels - i, whole, b);
-#pragma unroll
-      for (int k = 0; k < vector; ++k) v[k] = (v[k] - mean) * rstd * w[k] + b[k];
-      store(out + i, channels - i, whole, v);
-    }
-  }
-}
-
-template <class T>
-int forward_layer_norm(const DepthwiseConvLayerNorm& p, cudaStream_t stream) {
-  if (const int status = forward<T>(p.conv, stream)) return status;
-  const bool whole = p.conv.channels % kVector<T> == 0 && aligned(16, p.conv.y, p.out, p.ln_weight, p.ln_bias);
-  const int64_t sites = p.conv.batch * p.conv.height * p.conv.width;
-  normalise_sites<T><<<grid(ceil_div(sites, kThreads / kWarp)), kThreads, 0, stream>>>(p, whole);
-  return launch_status();
-}
-
 // ---- weight gradient, K = 7: a warp a row of the kernel, a channel a lane ----------------------------------------------------
 // Sums lie as (parts, 50, padded C), the last row for the bias; a part is a run of tiles.
 template <class T, class Tile>
@@ -322,80 +283,23 @@ int weight_grad(const DepthwiseConvWeightGrad& p, cudaStream_t stream) {
                                              p.grad_bias, stream);
 }
 
-// ---- backward of the LayerNorm: a block a part of the rows ----------------------------------------------------------
-// Each thread has its own channels throughout, so the sums over rows need no synchronisation. They are kept in shared memory
-// (`in_shared`), or in the workspace where the channels are too many.
+// ---- the LayerNorm of each site's channels: one sample of as many tokens as there are sites -----------------------------------
 template <class T>
-__global__ void layer_norm_backward_rows(LayerNormBackward p, bool in_shared, bool whole) {
-  using A = accum_t<T>;
-  constexpr int vector = kVector<T>;
-  extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ A scratch[2 * kThreads / kWarp];
-  const int64_t channels = p.channels;
-  const A* weight = static_cast<const A*>(p.weight);
-  for (int64_t part = blockIdx.x; part < p.parts; part += gridDim.x) {
-    A* const result = static_cast<A*>(p.workspace) + part * 2 * channels;
-    A *const weight_sum = in_shared ? reinterpret_cast<A*>(shared) : result, *const bias_sum = weight_sum + channels;
-    for (int64_t i = threadIdx.x * vector; i < channels; i += blockDim.x * vector)
-      for (int64_t k = i; k < i + vector && k < channels; ++k) weight_sum[k] = bias_sum[k] = 0;
-    for (int64_t row = p.rows * part / p.parts; row < p.rows * (part + 1) / p.parts; ++row) {
-      const T *grad = static_cast<const T*>(p.grad) + row * channels, *x = static_cast<const T*>(p.x) + row * channels;
-      T* grad_x = static_cast<T*>(p.grad_x) + row * channels;
-      const A mean = static_cast<const A*>(p.mean)[row], rstd = static_cast<const A*>(p.rstd)[row];
-      // With n the normalised row and g = grad * weight: grad_x = rstd * (g - mean(g) - n * mean(g * n)).
-      A mean_g = 0, mean_gn = 0, d[vector], v[vector], w[vector];
-      for (int64_t i = threadIdx.x * vector; i < channels; i += blockDim.x * vector) {
-        load(grad + i, channels - i, whole, d);
-        load(x + i, channels - i, whole, v);
-        load(weight + i, channels - i, whole, w);
-#pragma unroll
-        for (int k = 0; k < vector; ++k) {
-          mean_g += d[k] * w[k];
-          mean_gn += d[k] * w[k] * ((v[k] - mean) * rstd);
-        }
-      }
-      block_sum(mean_g, mean_gn, scratch);
-      mean_g /= static_cast<A>(channels), mean_gn /= static_cast<A>(channels);
-      for (int64_t i = threadIdx.x * vector; i < channels; i += blockDim.x * vector) {
-        load(grad + i, channels - i, whole, d);
-        load(x + i, channels - i, whole, v);
-        load(weight + i, channels - i, whole, w);
-#pragma unroll
-        for (int k = 0; k < vector; ++k) {
-          const A normalised = (v[k] - mean) * rstd;
-          if (i + k < channels) weight_sum[i + k] += d[k] * normalised, bias_sum[i + k] += d[k];
-          v[k] = rstd * (d[k] * w[k] - mean_g - normalised * mean_gn);
-        }
-        store(grad_x + i, channels - i, whole, v);
-      }
-    }
-    if (!in_shared) continue;
-    for (int64_t i = threadIdx.x * vector; i < channels; i += blockDim.x * vector)
-      for (int64_t k = i; k < i + vector && k < channels; ++k) result[k] = weight_sum[k], result[channels + k] = bias_sum[k];
-  }
-}
-
-template <class A>
-__global__ void add_layer_norm_parts(LayerNormBackward p) {
-  const int64_t total = 2 * p.channels;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < total; i += int64_t{gridDim.x} * kThreads) {
-    A sum = 0;
-    for (int64_t part = 0; part < p.parts; ++part) sum += static_cast<const A*>(p.workspace)[part * total + i];
-    if (i < p.channels) static_cast<A*>(p.grad_weight)[i] = sum;
-    else static_cast<A*>(p.grad_bias)[i - p.channels] = sum;
-  }
+int forward_layer_norm(const DepthwiseConvLayerNorm& p, cudaStream_t stream) {
+  if (const int status = forward<T>(p.conv, stream)) return status;
+  NormForward n{};
+  n.batch = 1, n.tokens = p.conv.batch * p.conv.height * p.conv.width, n.width = p.conv.channels, n.eps = p.eps;
+  n.x = p.conv.y, n.scale = p.ln_weight, n.shift = p.ln_bias, n.out = p.out, n.mean = p.mean, n.rstd = p.rstd;
+  return norm_forward<T, T>(n, stream);
 }
 
 template <class T>
 int layer_norm_backward(const LayerNormBackward& p, cudaStream_t stream) {
-  using A = accum_t<T>;
-  const int64_t bytes = 2 * p.channels * static_cast<int64_t>(sizeof(A));
-  const bool in_shared = bytes <= kSharedBytes, whole = p.channels % kVector<T> == 0 && aligned(16, p.grad, p.x, p.grad_x, p.weight);
-  layer_norm_backward_rows<T>
-      <<<grid(p.parts), row_threads(p.channels, kVector<T>, kThreads), in_shared ? bytes : 0, stream>>>(p, in_shared, whole);
-  if (const int status = launch_status()) return status;
-  add_layer_norm_parts<A><<<grid(ceil_div(2 * p.channels, kThreads)), kThreads, 0, stream>>>(p);
-  return launch_status();
+  NormBackward n{};
+  n.batch = 1, n.tokens = p.rows, n.width = p.channels, n.chunk = ceil_div(p.rows, p.parts), n.sums = 2;
+  n.grad_out = p.grad, n.residual = p.x, n.scale = p.weight, n.mean = p.mean, n.rstd = p.rstd;
+  n.grad_x = p.grad_x, n.grad_scale = p.grad_weight, n.grad_shift = p.grad_bias, n.workspace = p.workspace;
+  return norm_backward<T, T>(n, stream);
 }
 
 }  // namespace

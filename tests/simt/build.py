@@ -214,7 +214,7 @@ def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
     device = ["-include", "torch_device.h"]
-    cuda = ["-DCONVDIT_DEVICE_CUDA", "-DUSE_CUDA"]
+    cuda = ["-DCONVDIT_DEVICE_CUDA", "-DUSE_CUDA", f'-DCONVDIT_CUDA_ARCHS="{architecture}"']
     memory = ("torch_memory", [CXX, *RUNTIME_FLAGS, f"-I{torch_folder / 'include'}"])
 
     bindings = [
