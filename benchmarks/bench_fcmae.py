@@ -41,18 +41,17 @@ def training(name: str, n: int = 8, side: int = 224, lr: float = 1e-4, decoder_d
     functions = {k: rivals.training_step(m, lambda model: model(images, mask), lr) for k, m in theirs.items()}
     step = rivals.training_step(ours, lambda model: model(images, mask).loss, lr)
     visible = float((~mask).sum()) / n
-    cost = blocks_cost(ours.encoder, n, side, visible)
-    decoder = block_cost(n, side // PATCH, ours.mask_token.shape[1], torch.float32)
-    return Work(step, functions, **{k: v + 3 * len(ours.decoder) * decoder[k] for k, v in cost.items()})
+    decoder = block_cost(n, side // PATCH, ours.mask_token.shape[1], torch.float32)["matrix"]
+    operations = block_operations(ours.encoder, n, side, visible) + 3 * len(ours.decoder) * decoder
+    return Work(step, functions, matrix=operations)
 
 
-def blocks_cost(encoder: models.ConvNeXt, n: int, side: int, visible: float) -> dict[str, float]:
-    """Forward and backward of the blocks on `visible` patches an image, all taps counted as inside the visible part."""
-    cost, share = {"matrix": 0.0, "vector": 0.0}, visible / (side // PATCH) ** 2
+def block_operations(encoder: models.ConvNeXt, n: int, side: int, visible: float) -> float:
+    """Matrix products of the blocks on `visible` patches an image, forward and backward: all but a few percent."""
+    share, total = visible / (side // PATCH) ** 2, 0.0
     for i, (dim, depth) in enumerate(zip(encoder.dims, encoder.depths, strict=True)):
-        block = block_cost(n, side // 2 ** (i + 2), dim, torch.float32)
-        cost["matrix"] += 3 * depth * share * block["matrix"]
-    return cost
+        total += 3 * depth * share * block_cost(n, side // 2 ** (i + 2), dim, torch.float32)["matrix"]
+    return total
 
 
 def encoder_blocks(name: str, n: int = 8, side: int = 224, visible: int = 20, **options) -> Work:
@@ -86,8 +85,8 @@ def encoder_blocks(name: str, n: int = 8, side: int = 224, visible: int = 20, **
         return grads
 
     functions = {"dense-masked timm": masked_blocks, "dense-masked timm, compile": rivals.compiled(masked_blocks)}
-    cost = blocks_cost(encoder, n, side, visible)
-    return Work(step, {k: partial(dense_step, f) for k, f in functions.items()}, **cost)
+    calls = {k: partial(dense_step, f) for k, f in functions.items()}
+    return Work(step, calls, matrix=block_operations(encoder, n, side, visible))
 
 
 def grid_block(stage: int) -> int:

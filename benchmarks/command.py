@@ -107,9 +107,14 @@ def run(given: suite.Selection, out: Path | None, command: str) -> int:
         table = report.Table(len(entries))
         for index, entry in enumerate(entries):
             table.progress(index, entry.label)
-            answers = [c.measure(index) for c in measuring if c.malloc in entry.comparison.malloc]
+            try:
+                answers = [c.measure(index) for c in measuring if c.malloc in entry.comparison.malloc]
+            except (RuntimeError, KeyboardInterrupt) as stop:  # the rows measured so far are kept
+                answers = [{"error": str(stop) or "interrupted"}]
             results.append(merge(entry, answers))
             table.show(results[-1])
+            if any(child.process.poll() is not None for child in measuring):
+                break
     document = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,

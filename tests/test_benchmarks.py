@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,6 +326,34 @@ def test_one_row_from_the_command_to_its_files(tmp_path, capfd):
     assert Image.open(out.with_suffix(".png")).size[0] > 500
     page = out.with_suffix(".html").read_text()
     assert "depthwise_conv2d" in page and "data:image/png;base64" in page and "http" not in page
+
+
+def test_rows_measured_before_a_process_died_are_kept(tmp_path, monkeypatch):
+    row = harness.Row("op", "forward", "1", "float32", 1, "default", 1.0, "eager", {"eager": 2.0}, 2.0, "PyTorch")
+
+    class Dying:
+        process = SimpleNamespace(poll=lambda: None)
+        hello = {
+            "machine": {"fma": 1e9, "matrix": {"float32": 1e9}, "copy": {"8": 1e9}},
+            "about": {"cpu": "a", "gpu": None, "cores": 1},
+            "versions": {"torch": "2", "convdit": {"cpu_level": "avx2"}},
+        }
+
+        def __init__(self, malloc):
+            self.malloc = malloc
+
+        def measure(self, index):
+            if index < 2:
+                return {"row": replace(row, malloc=self.malloc).as_json()}
+            self.process = SimpleNamespace(poll=lambda: -9)
+            raise RuntimeError("the measuring process ended with status -9")
+
+    monkeypatch.setattr(command, "children", lambda _given, settings: nullcontext([Dying(m) for m in settings]))
+    out = tmp_path / "r.json"
+    assert command.run(suite.Selection(names=("depthwise_conv",)), out, "bench") == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [r.get("ratio") for r in rows] == [2.0, 2.0, None] and "status -9" in rows[-1]["error"]
+    assert out.with_suffix(".png").exists() and "status -9" in out.with_suffix(".html").read_text()
 
 
 @pytest.mark.parametrize(
