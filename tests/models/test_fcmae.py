@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from convdit import models
 from convdit.sparse import random_patch_mask
@@ -131,6 +132,19 @@ def test_the_loss_is_over_removed_patches_with_a_target_of_unbiased_variance(nor
             patch = (patch - patch.mean()) / (variance + 1e-6).sqrt()
         total += (out.pred[n, 4 * y + x] - patch).square().mean()
     torch.testing.assert_close(out.loss, total / mask.sum())
+
+
+def test_backward_of_the_loss_multiplies_no_visible_prediction():
+    model, images, mask = build(), some_images(), masks()["random"]
+
+    def work(value):
+        with FlopCounterMode(display=False) as counter:
+            value(model(images, mask)).backward()
+        return counter.get_total_flops()
+
+    extra = work(lambda out: out.loss + out.pred.sum()) - work(lambda out: out.loss)
+    visible, (values, dim) = int((~mask).sum()), model.pred.weight.shape[:2]
+    assert extra == 2 * 2 * visible * values * dim  # the gradients of the input and of the weight
 
 
 def test_reconstruction_keeps_visible_patches_and_paints_the_others():
