@@ -46,12 +46,11 @@ test-avx512: $(VENV)/.test
 	CONVDIT_LIBRARY_DIR=$(abspath build/avx512/lib) $(BIN)/python -m pytest -q tests/ops \
 	  -k "(equals_reference or error_rule) and not every_cpu_level"
 
-# The operators' tests over their CUDA kernels; the executor's own tests; what the kernels move and need; some mutants.
+# The operators' tests over their CUDA kernels; the executor's own tests; some of the mutants.
 simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt operators --arch compute_90 -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
-	$(BIN)/python -m tests.simt budget adaln depthwise_conv
-	$(BIN)/python -m tests.simt mutants adaln sites
+	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 
 mutants: $(VENV)/.test
