@@ -31,7 +31,7 @@ struct AttentionBackward {
   Attention forward;
   const void* grad;  // of out
   void* grad_qkv;    // (B, T, 3D)
-  void* workspace;   // (B, heads, T, 2): log_sum_exp in base 2, and delta
+  void* workspace;   // (B, heads, T, 2): log_sum_exp, and delta
 };
 
 namespace cuda {

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_mma(AttentionBac
   extern __shared__ __align__(16) unsigned char shared[];
   T* const stages = reinterpret_cast<T*>(shared);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_row = warp * row_tiles * kMma;
-  const float scale = static_cast<float>(p.forward.scale), factor = exponent_factor(scale);
+  const float scale = static_cast<float>(p.forward.scale), magnitude = fabsf(scale);
   const int first = blocks.tile() * Plan::kQueries;
   const HeadBackward<T> back = head_of<T>(p, blocks.head());
   const Head<T>& head = back.forward;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_mma(AttentionBac
       delta[m][half] += __shfl_xor_sync(0xffffffffu, delta[m][half], 1);
       delta[m][half] += __shfl_xor_sync(0xffffffffu, delta[m][half], 2);
       const int row = first + own_row + m * kMma + half * 8 + lane / 4;
-      log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first * kLog2e : 0.f;
+      log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first : 0.f;
       if (lane % 4 == 0 && row < head.tokens)
         reinterpret_cast<float2*>(back.statistics)[row] = make_float2(log_sum_exp[m][half], delta[m][half]);
     }
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_mma(AttentionBac
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             // Beyond the end the score is 0, which may be so far above the row's own that the weight is infinite.
-            const float weight = exp2_approximate(scores[m][n][i] * factor - log_sum_exp[m][i / 2]);
+            const float weight = exp2_approximate(fmaf(scores[m][n][i], magnitude, -log_sum_exp[m][i / 2]) * kLog2e);
             const bool exists = key + n * 8 + lane % 4 * 2 + i % 2 < left;
             grads[m][n][i] = exists ? weight * (grads[m][n][i] - delta[m][i / 2]) : 0.f;
           }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
   T* const stages = reinterpret_cast<T*>(shared);
   float2* const statistics = reinterpret_cast<float2*>(shared + 2 * Plan::kStageBytes);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_row = warp * kMma;
-  const float scale = static_cast<float>(p.forward.scale), factor = exponent_factor(scale);
+  const float scale = static_cast<float>(p.forward.scale), magnitude = fabsf(scale);
   const int first = blocks.tile() * Plan::kOwnKeys;
   const HeadBackward<T> back = head_of<T>(p, blocks.head());
   const Head<T>& head = back.forward;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_mma(AttentionBackwa
         const float4 two = *reinterpret_cast<const float4*>(statistics + tile % 2 * kKeys + query + n * 8 + lane % 4 * 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scores[0][n][i] = exp2_approximate(scores[0][n][i] * factor - (i % 2 ? two.z : two.x));
+          scores[0][n][i] = exp2_approximate(fmaf(scores[0][n][i], magnitude, -(i % 2 ? two.z : two.x)) * kLog2e);
           grads[0][n][i] = scores[0][n][i] * (grads[0][n][i] - (i % 2 ? two.w : two.y));
         }
       }

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
   float *const queries = memory, *const keys = queries + Plan::kOwn, *const values = keys + Plan::kTile;
   float* const weights = values + Plan::kTile;
   const int lane = threadIdx.x % kWarp, own_row = threadIdx.x / kWarp * own_rows;
-  const float factor = static_cast<float>(p.scale) * kLog2e;
+  const float scale = static_cast<float>(p.scale);
   const int first = blocks.tile() * Plan::kRows;
   const Head<float> head = head_of<float>(p, blocks.head());
   load_tile<Plan::kRows, kWidth>(queries, head.q.from(first), head.tokens - first, head.width);
@@ -118,18 +118,18 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
       float top = -INFINITY;
 #pragma unroll
       for (int j = 0; j < groups; ++j) {
-        scores[r][j] = lane + kWarp * j < left ? scores[r][j] * factor : -INFINITY;
+        scores[r][j] = lane + kWarp * j < left ? __fmul_rn(scores[r][j], scale) : -INFINITY;
         top = fmaxf(top, scores[r][j]);
       }
       top = fmaxf(largest[r], warp_max(top));
       // Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
-      const float from = top == -INFINITY ? 0.f : top, shrink = exp2f(largest[r] - from);
+      const float from = top == -INFINITY ? 0.f : top, shrink = expf(largest[r] - from);
       largest[r] = top;
       total[r] *= shrink;
 #pragma unroll
       for (int j = 0; j < kWidth / kWarp; ++j) sums[r][j] *= shrink;
 #pragma unroll
-      for (int j = 0; j < groups; ++j) scores[r][j] = exp2f(scores[r][j] - from), total[r] += scores[r][j];
+      for (int j = 0; j < groups; ++j) scores[r][j] = expf(scores[r][j] - from), total[r] += scores[r][j];
     }
     share_weights(weights, own_row, scores);
     add_weighted_rows<kWidth, Plan::kColumns>(sums, weights, own_row, values);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
   for (int r = 0; r < own_rows; ++r) {
     total[r] = warp_sum(total[r]);
     const int row = first + own_row + r;
-    if (lane == 0 && row < head.tokens) *head.log_sum_exp.from(row).first = (largest[r] + log2f(total[r])) * kLn2;
+    if (lane == 0 && row < head.tokens) *head.log_sum_exp.from(row).first = largest[r] + logf(total[r]);
     total[r] = 1 / total[r];
   }
   store_rows(sums, total, head.out.from(first + own_row), head.tokens - first - own_row, head.width);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
   float *const queries = memory, *const grads_out = queries + Plan::kOwn, *const keys = grads_out + Plan::kOwn;
   float *const values = keys + Plan::kTile, *const weights = values + Plan::kTile;
   const int lane = threadIdx.x % kWarp, own_row = threadIdx.x / kWarp * own_rows;
-  const float scale = static_cast<float>(p.forward.scale), factor = scale * kLog2e;
+  const float scale = static_cast<float>(p.forward.scale);
   const int first = blocks.tile() * Plan::kRows;
   const HeadBackward<float> back = head_of<float>(p, blocks.head());
   const Head<float>& head = back.forward;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
     if (row >= head.tokens) continue;
     for (int i = lane; i < head.width; i += kWarp) delta[r] += back.grad.from(row).first[i] * head.out.from(row).first[i];
     delta[r] = warp_sum(delta[r]);
-    log_sum_exp[r] = *head.log_sum_exp.from(row).first * kLog2e;
+    log_sum_exp[r] = *head.log_sum_exp.from(row).first;
     if (lane == 0) reinterpret_cast<float2*>(back.statistics)[row] = make_float2(log_sum_exp[r], delta[r]);
   }
   for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
 #pragma unroll
       for (int j = 0; j < groups; ++j)
         // Beyond the end a weight is 0: the score 0 of no key may be far above the row's own.
-        grads[r][j] = lane + kWarp * j < left ? exp2f(scores[r][j] * factor - log_sum_exp[r]) * (grads[r][j] - delta[r]) : 0.f;
+        grads[r][j] = lane + kWarp * j < left ? expf(__fmul_rn(scores[r][j], scale) - log_sum_exp[r]) * (grads[r][j] - delta[r]) : 0.f;
     share_weights(weights, own_row, grads);
     add_weighted_rows<kWidth, Plan::kColumns>(sums, weights, own_row, keys);
     __syncthreads();  // before the next copies
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
   float *const keys = memory, *const values = keys + Plan::kOwn, *const queries = values + Plan::kOwn;
   float *const grads_out = queries + Plan::kTile, *const weights = grads_out + Plan::kTile;
   const int lane = threadIdx.x % kWarp, own_row = threadIdx.x / kWarp * own_rows;
-  const float scale = static_cast<float>(p.forward.scale), factor = scale * kLog2e;
+  const float scale = static_cast<float>(p.forward.scale);
   const int first = blocks.tile() * Plan::kRows;
   const HeadBackward<float> back = head_of<float>(p, blocks.head());
   const Head<float>& head = back.forward;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
       const float2 row = column < left ? reinterpret_cast<const float2*>(back.statistics)[begin + column] : float2{};
 #pragma unroll
       for (int r = 0; r < own_rows; ++r) {
-        scores[r][j] = exp2f(scores[r][j] * factor - row.x);
+        scores[r][j] = expf(__fmul_rn(scores[r][j], scale) - row.x);
         grads[r][j] = scores[r][j] * (grads[r][j] - row.y);
       }
     }

@@ -110,8 +110,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
         total[m][half] += __shfl_xor_sync(0xffffffffu, total[m][half], 1);
         total[m][half] += __shfl_xor_sync(0xffffffffu, total[m][half], 2);
         const int row = first + own_row + m * kMma + half * 8 + lane / 4;
+        // Weights were taken against the rounded product; what rounding left out is put back, so that the sum is rounded once.
+        const float top = largest[m][half], rest = top == -INFINITY ? 0.f : fmaf(top, factor, -(top * factor));
         if (lane % 4 == 0 && row < head.tokens)
-          *head.log_sum_exp.from(row).first = (largest[m][half] * factor + log2f(total[m][half])) * kLn2;
+          *head.log_sum_exp.from(row).first = fmaf(top, fabsf(scale), (log2f(total[m][half]) - rest) * kLn2);
         total[m][half] = 1 / total[m][half];
       }
     // Nobody reads the stage that would be loaded next.

@@ -53,7 +53,7 @@ struct HeadBackward {
   Head<T> forward;
   Rows<const T> grad;
   Rows<T> grad_q, grad_k, grad_v;
-  A* statistics;  // of row t: log_sum_exp in base 2 at 2t, delta at 2t + 1
+  A* statistics;  // of row t: log_sum_exp at 2t, delta at 2t + 1
 };
 template <class T>
 __device__ __forceinline__ HeadBackward<T> head_of(const AttentionBackward& b, int64_t index) {

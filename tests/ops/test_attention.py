@@ -60,7 +60,6 @@ PACKED = [
     packed_case(2, 9, 2, 16, "scale", scale=0.3),
     packed_case(2, 40, 2, 16, "large scores", scale=10.0),
     packed_case(2, 40, 2, 16, "large mean", offset=30.0),
-    packed_case(2, 40, 2, 16, "large negative scores", offset=30.0, scale=-0.25),
     packed_case(2, 9, 2, 16, "negative scale", scale=-0.3),
     packed_case(2, 9, 2, 16, "scale 0", scale=0.0),
 ]
@@ -111,6 +110,18 @@ def test_exports(case):
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_vmap_equals_loop(case):
     harness.assert_vmap_equals_loop(case)
+
+
+@pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
+def test_scores_far_below_zero(dtype):
+    # exp(0 - log_sum_exp) overflows: whatever fills up a tile beyond the last token must not be taken for a key
+    qkv = torch.randn(2, 40, 3, 2, 16) * torch.tensor([0.1, 0.1, 1.0]).view(3, 1, 1)
+    qkv = (qkv + torch.tensor([3.0, -3.0, 0.0]).view(3, 1, 1)).to(dtype).flatten(2).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    out, expected = ops.packed_attention(qkv, 2, scale=1.0), reference.packed_attention(exact, 2, scale=1.0)
+    (grad,), (expected_grad,) = torch.autograd.grad(out.sum(), qkv), torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0.1, atol=0.2)
 
 
 @pytest.mark.parametrize("d", [5, 64])
