@@ -201,9 +201,12 @@ class ActiveSites:
         return moved
 
     def _keep(self, tables: dict[object, Tensor], key: object, make: Callable[[], Tensor]) -> Tensor:
-        if key not in tables:
-            tables[key] = make()
-        return tables[key]
+        if key in tables:
+            return tables[key]
+        table = make()
+        if type(table) is type(self.blocks):  # else these sites are real and the table is of a trace, by torch.export
+            tables[key] = table
+        return table
 
     def _make_indices(self) -> Tensor:
         b = self.block

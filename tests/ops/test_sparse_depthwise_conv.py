@@ -126,6 +126,18 @@ def test_exports(case):
     harness.assert_exports(case)
 
 
+def test_exporting_first_leaves_no_traced_table_behind():
+    sites = ActiveSites.from_patch_mask(torch.tensor([[[True, False], [False, False]]]), 2)
+    features, weight = torch.randn(len(sites), 8), torch.randn(8, 1, 7, 7)
+
+    class Layer(torch.nn.Module):
+        def forward(self, features, weight):
+            return ops.sparse_depthwise_conv2d(features, weight, None, sites)
+
+    exported = torch.export.export(Layer(), (features, weight)).module()
+    assert torch.equal(exported(features, weight), Layer()(features, weight))
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_vmap_equals_loop(case):
     harness.assert_vmap_equals_loop(case)
