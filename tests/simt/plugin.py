@@ -21,15 +21,15 @@ INTENDED: list[tuple[str, str, str, str]] = []
 NOT_FOR_CUDA = {
     r"::test_every_cpu_level$": "of the CPU kernels",
     r"^test_cuda_registration": "of the CUDA library",
-    # Looking at values on CUDA would cost a wait for the device. sites.h: such a row has no neighbours, and is nobody's.
+    # Looking at values on CUDA would cost a wait. sites.h: there such a row has no neighbours, and is nobody's.
     r"^test_sites.py::test_bad_arguments_are_named\[indices[012]-": "of values that CUDA does not look at",
     r"^test_grn.py::test_offsets_that_do_not_fit_the_rows_are_refused": "of values that CUDA does not look at",
 }
 # Tests that fail, as they must until the kernel or the rule is better: a pattern in "file::test", and why.
 KNOWN_FAILURES = {
     r"^test_attention.py::test_error_rule\[packed_attention 2x40 2x16 large (scores|mean)-torch.float16\]": (
-        "a weight is nearly 1 and a row's gradient cancels to almost nothing: the rounding of one number, delta, decides "
-        "its error, which is 1.2 (mean) and 1.6 (scores) times what is allowed"
+        "a weight is nearly 1 and a row's gradient cancels to almost nothing: the rounding of one number, delta, "
+        "decides its error, which is 1.2 (mean) and 1.6 (scores) times what is allowed"
     ),
 }
 
