@@ -50,6 +50,7 @@ test-avx512: $(VENV)/.test
 simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt operators --arch compute_90 -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
+	$(BIN)/python -m tests.simt budget
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 

@@ -248,15 +248,15 @@ void* access(Thread& t, int site, Space space, uint64_t address, uint32_t bytes,
   return place;
 }
 
-// ---- cp.async: done when it is waited for; from its start until then nobody may touch the destination
-// --------------------------
+// ---- cp.async: done when it is waited for; from its start until then nobody may touch the destination -------------------
 void copy_async(Thread& t, int site, uint64_t to, uint64_t from, uint32_t bytes, uint32_t given) {
   Region& shared = *arena().shared;
   if (given > bytes) return report(t, site, "cp.async GIVEN MORE BYTES THAN IT COPIES");
   if (to % bytes) return report(t, site, "MISALIGNED ACCESS", "shared offset " + std::to_string(to));
   if (to + bytes > shared.bytes) return report(t, site, "SHARED MEMORY OUT OF BOUNDS", "offset " + std::to_string(to));
   if (from % bytes) return report(t, site, "MISALIGNED ACCESS", hexadecimal(from) + " for " + std::to_string(bytes) + " bytes");
-  for (uint32_t i = 0; i < given; i += 4) access(t, site, kGlobal, from + i, std::min(4u, given - i), Access::kRead);
+  for (uint32_t i = 0; i < given; i += 4) check(t, site, kGlobal, from + i, std::min(4u, given - i), Access::kRead);
+  if (traffic::enabled && given > 0) traffic::count(t, site, from, given);
   touch(t, site, shared, to, bytes, Access::kWrite);
   each_cell(shared, to, bytes, [](Cell& c) { c.flags |= kInFlight; });
   if (find(from, std::max(1u, given)) || given == 0) t.open.push_back({site, to, from, bytes, given});
