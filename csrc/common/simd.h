@@ -7,6 +7,8 @@
 //   load<A>(p, n), store(p, v, n)  the first n <= lanes<A> lanes; others load as 0 and are not stored
 //   stream(p, v)                for memory that is not read again soon: past the caches, where p is aligned to a vector
 //   splat, sum, vmax, exp, tanh, normal_cdf, normal_pdf
+//
+// A long file: each function stands once, with what the levels need to differ in inside it.
 #pragma once
 #include <cmath>
 #include <cstddef>
