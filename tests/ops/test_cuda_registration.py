@@ -6,7 +6,8 @@ import torch
 from convdit import build_info
 
 NAMES = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::"))
-CPU_ONLY = {"convdit::convnext_block_fwd"}  # on other devices the block is its parts
+# On other devices the block is its parts; fma_probe measures a CPU for the benchmarks.
+CPU_ONLY = {f"convdit::{name}" for name in ("convnext_block_fwd", "convnext_mlp_fwd", "convnext_mlp_bwd", "fma_probe")}
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason=f"no CUDA library: {build_info()['cuda_reason']}")
