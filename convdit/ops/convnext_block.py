@@ -27,7 +27,7 @@ from ._common import (
     parameter,
     register_vmap,
 )
-from .depthwise_conv import _conv_gradients, depthwise_conv2d_layer_norm
+from .depthwise_conv import conv_gradients, depthwise_conv2d_layer_norm
 from .grn import gelu_grn
 
 
@@ -271,7 +271,7 @@ class _ConvnextBlock(torch.autograd.Function):
         grads = [None] * 5
         if before:
             grad_conv, *norm_grads = library.depthwise_conv2d_layer_norm_bwd(grad_u, conv, norm_weight, mean, rstd)
-            grads = [*_conv_gradients(grad_conv, x.to(u.dtype), dwconv_weight, needed), *norm_grads]
+            grads = [*conv_gradients(grad_conv, x.to(u.dtype), dwconv_weight, needed), *norm_grads]
         if needed[0]:
             grads[0] = (grad + grads[0]).to(x.dtype)
         return (

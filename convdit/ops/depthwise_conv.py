@@ -104,10 +104,10 @@ class _DepthwiseConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return _conv_gradients(grad, x, weight, ctx.needs_input_grad)
+        return conv_gradients(grad, x, weight, ctx.needs_input_grad)
 
 
-def _conv_gradients(
+def conv_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each only where it is needed."""
@@ -198,5 +198,5 @@ class _DepthwiseConv2dLayerNorm(torch.autograd.Function):
         grad_conv, grad_ln_weight, grad_ln_bias = library.depthwise_conv2d_layer_norm_bwd(
             grad, conv, ln_weight, mean, rstd
         )
-        grads = _conv_gradients(grad_conv, x, weight, ctx.needs_input_grad)
+        grads = conv_gradients(grad_conv, x, weight, ctx.needs_input_grad)
         return *grads, grad_ln_weight, grad_ln_bias, None
