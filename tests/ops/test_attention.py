@@ -79,7 +79,7 @@ def test_equals_reference_in_float64(case):
 @pytest.mark.parametrize("case", PACKED + BLOCK, ids=str)
 def test_error_rule(case, dtype):
     plain = plain_block if case in BLOCK else plain_attention
-    harness.assert_error_rule(replace(case, reference=plain), dtype)
+    harness.assert_error_rule(replace(case, reference=plain), dtype, whole_gradients=case in BLOCK)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -101,21 +101,7 @@ each_product = pytest.mark.parametrize("dtype, widened", PRODUCTS, ids=lambda v:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case, dtype, widened, monkeypatch):
     monkeypatch.setattr(block_module, "_WIDENED", widened)
-    low = harness.inputs(case, dtype, requires_grad=True)
-    exact = tuple(a if a is None else a.detach().double().requires_grad_() for a in low)
-    ours, plain, right = (
-        [*values, *gradients]
-        for values, gradients in (
-            harness.run(f, case, a) for f, a in ((case.op, low), (case.reference, low), (case.reference, exact))
-        )
-    )
-    names = ["value", "x.grad", *(n for n, p in zip(NAMES, low[1:], strict=True) if p is not None)]
-    for name, o, p, r in zip(names, ours, plain, right, strict=True):
-        assert o.dtype == p.dtype == dtype and o.shape == p.shape, name
-        # A gradient's row carries the errors of a few values seven operators upstream, on which PyTorch may be right by
-        # luck: for gradients the rule holds for the tensor as a whole. Each operator keeps it by row in its own tests.
-        of = (o, p, r) if name == "value" else (t.flatten() for t in (o, p, r))
-        harness.assert_rows_close(*of, dtype, f"{case}, {dtype}, {name}")
+    harness.assert_error_rule(case, dtype, whole_gradients=True)
 
 
 @each_product
