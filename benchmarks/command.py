@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from convdit import build_info
+
 from . import report, suite
 from .harness import Row, worse
 from .machine import describe
@@ -147,6 +149,6 @@ def merge(entry: suite.Entry, answers: list[dict]) -> dict:
 
 
 def default_name() -> str:
-    """<date>-<cpu>.json"""
+    """<date>-<cpu>-<level of the kernels>.json: virtual machines give processors of several generations one name."""
     cpu = "-".join(re.findall("[a-z0-9]+", str(describe()["cpu"]).lower()))
-    return f"{datetime.now(timezone.utc):%Y-%m-%d}-{cpu}.json"
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}-{cpu}-{build_info()['cpu_level']}.json"

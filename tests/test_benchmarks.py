@@ -32,6 +32,7 @@ from benchmarks import (
     suite,
 )
 from benchmarks.machine import Machine
+from convdit import build_info
 from convdit.cli import main
 from convdit.sparse import SparseTensor2d
 
@@ -369,8 +370,9 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_to_write_to_gets_a_name_of_date_and_processor():
+def test_a_folder_to_write_to_gets_a_name_of_date_processor_and_level():
     name = command.default_name()
+    assert name.removesuffix(".json").endswith("-" + build_info()["cpu_level"])
     assert name.endswith(".json") and name[:2] == "20" and name == name.lower() and " " not in name
 
 
