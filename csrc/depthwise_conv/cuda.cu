@@ -149,8 +149,10 @@ __global__ void forward_sites(DepthwiseConv p) {
     for (int64_t i = h < radius ? radius - h : 0; i < p.kernel && h + i - radius < p.height; ++i) {
       const T* row = x + (first_row + h + i - radius) * p.width * p.channels + c;
       const A* weight = static_cast<const A*>(p.packed) + i * p.kernel * row_size + c;
+      A row_sum = 0;  // one long sum over a large kernel would round worse
       for (int64_t j = w < radius ? radius - w : 0; j < p.kernel && w + j - radius < p.width; ++j)
-        sum += widen(row[(w + j - radius) * p.channels]) * weight[j * row_size];
+        row_sum += widen(row[(w + j - radius) * p.channels]) * weight[j * row_size];
+      sum += row_sum;
     }
     static_cast<T*>(p.y)[index] = narrow<T>(sum);
   }
@@ -213,7 +215,7 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeight
       const int rows = p.height - h0 < Tile::kRows ? static_cast<int>(p.height - h0) : Tile::kRows;
 #pragma unroll 1
       for (int y = 0; y < rows; ++y) {
-        float grad[Tile::kColumns];
+        float grad[Tile::kColumns], row_sum[kTaps] = {};  // a row at a time: one long sum would round two or three times as badly
 #pragma unroll
         for (int j = 0; j < Tile::kColumns; ++j) {
           grad[j] = widen(grad_tile[(y * Tile::kColumns + j) * kChannels + c]);
@@ -226,8 +228,10 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeight
           const float v = widen(from[column * kChannels]);
 #pragma unroll
           for (int k = 0; k < kTaps; ++k)
-            if (column - k >= 0 && column - k < Tile::kColumns) sum[k] += grad[column - k] * v;
+            if (column - k >= 0 && column - k < Tile::kColumns) row_sum[k] += grad[column - k] * v;
         }
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) sum[k] += row_sum[k];
       }
     }
     if (c0 + c >= p.channels) continue;
