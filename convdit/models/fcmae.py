@@ -148,7 +148,7 @@ class FCMAE(nn.Module):
                 with no visible patch in some image, or with no removed patch at all.
         """
         mask, sites, removed = self._mask(images, mask, generator)
-        hidden, pred = self._predict(self._decode(images, mask, sites), sites, removed)
+        hidden, pred = self._predict(images, mask, sites, removed)
         return FCMAEOutput(self._loss(images, hidden, removed), pred, mask)
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class FCMAE(nn.Module):
         Arguments as for `forward`.
         """
         mask, sites, removed = self._mask(images, mask, generator)
-        _, pred = self._predict(self._decode(images, mask, sites), sites, removed)
+        _, pred = self._predict(images, mask, sites, removed)
         patches = self.patchify(images)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(patches)
@@ -215,16 +215,27 @@ class FCMAE(nn.Module):
             x = stage(x, visible)
         return SparseTensor2d.from_dense(x, sites.blocks_as_sites())
 
-    def _decode(self, images: Tensor, mask: Tensor, sites: ActiveSites) -> Tensor:
-        x = self._encode(images, mask, sites)
+    def _decode(self, x: SparseTensor2d) -> Tensor:
         x = x.replace(F.linear(x.features, self.proj.weight.flatten(1), self.proj.bias))
         return self.decoder(x.dense(self.mask_token.flatten()))
 
-    def _predict(self, x: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
+    def _predict(self, images: Tensor, mask: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
         """The predictions of the R removed patches, (R, p * p * c), and of all, (N, L, p * p * c).
 
-        The loss needs the former only. Computed apart, they spare its backward the products with
-        the zero gradients of visible patches.
+        Under float16 autocast all after the encoder is in float32: projection and prediction sum up
+        the encoder's unnormed features and can leave float16's range, with official weights at once.
+        """
+        x = self._encode(images, mask, sites)
+        if not _float16_autocast(images):
+            return self._paint(self._decode(x), sites, removed)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._paint(self._decode(x.replace(x.features.float())), sites, removed)
+
+    def _paint(self, x: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
+        """The predictions of `_predict` from the decoder's map.
+
+        The loss needs those of removed patches only. Computed apart, they spare its backward the
+        products with the zero gradients of visible patches.
         """
         weight, parts = self.pred.weight.flatten(1), (removed, sites.blocks_as_sites())
         rows = (SparseTensor2d.from_dense(x, part).features for part in parts)
@@ -303,6 +314,13 @@ def _init_official(model: FCMAE) -> None:
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
     nn.init.normal_(model.mask_token, std=0.02)
+
+
+def _float16_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return False
+    return torch.get_autocast_dtype(device) == torch.float16
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
