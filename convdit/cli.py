@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
     convert = add("convert", _convert, "convert a checkpoint between formats")
-    convert.add_argument("source", metavar="IN", help="safetensors or torch file, or a run folder")
+    convert.add_argument(
+        "source", metavar="IN", help="safetensors or torch file, run folder, hf-hub:OWNER/NAME or timm/NAME"
+    )
     convert.add_argument("target", metavar="OUT", nargs="?", help="safetensors file to write")
     convert.add_argument("--out", help="the same as OUT")
     convert.add_argument("--to", required=True, metavar="FORMAT", help="convdit, timm, ...")

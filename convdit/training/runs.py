@@ -66,12 +66,14 @@ def save_weights(path: Path, state: dict[str, Tensor], config: dict) -> None:
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict | None]:
-    """The state_dict of a run folder or of a file, and the configuration it came with (or None).
+    """The state_dict of a run folder, a file or a name on the hub, and the configuration it came with (or None).
 
     Files are read by ``checkpoints.load``: safetensors, or torch files without running pickled code.
     """
     from .. import checkpoints
 
+    if checkpoints.is_hub_name(source):
+        return checkpoints.load(source), None
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS
