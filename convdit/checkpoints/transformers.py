@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convdit.checkpoints.layout import check_convnext, flat_grn, split
+from convdit.checkpoints.layout import check_convnext, flat_grn, rename_all, split
 from convdit.checkpoints.names import KeyTable, rename
 
 __all__ = ["NAME", "matches", "read", "write"]
@@ -69,7 +69,8 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """From our names: a classifier's where there is a head, else the bare model's."""
     body, decoder, _ = split(ours)
-    check_convnext(body, "this checkpoint does not fit transformers", unknown=decoder)
+    what = "this checkpoint does not fit transformers"
+    check_convnext(body, what, unknown=decoder)
     version_2 = any(".grn." in key for key in body)
     with_prefix = "head.weight" in body or facts.get("transformers_prefix", False)
     prefix = _PREFIXES[0 if version_2 else 1] if with_prefix else ""
@@ -77,7 +78,7 @@ def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[s
     def change(old: str, new: str, tensor: Tensor) -> Tensor:
         return tensor.reshape(1, 1, 1, -1) if ".grn." in old else tensor
 
-    return rename(body, lambda key: _their_name(key, prefix), change)[0]
+    return rename_all(body, lambda key: _their_name(key, prefix), change, what)
 
 
 def _their_name(key: str, prefix: str) -> str | None:
