@@ -48,7 +48,10 @@ def test_timm_logits_and_the_way_back(images, name):
     assert_close(ours(images), theirs(images))
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["convnextv2_atto", "convnextv2_tiny", "convnextv2_huge", "convnext_tiny", "convnext_xlarge", "convnext_xxlarge"],
+)
 def test_the_names_and_shapes_of_timms_full_size_models(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
