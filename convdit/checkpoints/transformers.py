@@ -1,7 +1,10 @@
 """The format "transformers": ConvNeXt V1 and V2 as Hugging Face transformers names them.
 
 The classifiers put `convnext.` or `convnextv2.` before the names of the model; the bare models do
-not. Their final LayerNorm uses eps 1e-12 (`config.layer_norm_eps`) where ours, the official one and
+not. A backbone (`ConvNextV2Backbone`) calls our `norm0`, `norm1`, ... `hidden_states_norms.stage1`,
+`hidden_states_norms.stage2`, ...: the norms of `features_only=True, out_norms=True`.
+
+Their final LayerNorm uses eps 1e-12 (`config.layer_norm_eps`) where ours, the official one and
 timm's use 1e-6; no tensor holds it, so a converted model differs by that eps alone.
 """
 
@@ -22,6 +25,7 @@ __all__ = ["NAME", "matches", "read", "write"]
 NAME = "transformers"
 
 _OURS, _THEIRS = "stages.{i}.{j}", "encoder.stages.{i}.layers.{j}"
+_MOST_STAGES = 8  # of a backbone; theirs count from 1
 _TABLE = KeyTable(
     parameters=[
         (f"{_OURS}.gamma", f"{_THEIRS}.layer_scale_parameter"),
@@ -39,6 +43,7 @@ _TABLE = KeyTable(
         (f"{_OURS}.pwconv2", f"{_THEIRS}.pwconv2"),
         ("norm", "layernorm"),
         ("head", "classifier"),
+        *((f"norm{i}", f"hidden_states_norms.stage{i + 1}") for i in range(_MOST_STAGES)),
     ],
 )
 _PREFIXES = ("convnextv2.", "convnext.")

@@ -256,9 +256,14 @@ def test_norms_of_a_detection_backbone_are_kept_or_named_and_never_dropped(encod
     assert_same(checkpoints.convert(detector, "convdit"), detector)
     assert_same(checkpoints.convert(official_state(detector), "convdit"), detector)
     assert_same(checkpoints.convert(detector, "timm", encoder_only=True), timm_state(ours, True))
-    for name in ("timm", "transformers", "fcmae_minkowski"):
+    for name in ("timm", "fcmae_minkowski"):
         with pytest.raises(ValueError, match="unexpected keys: 'norm0.weight', 'norm0.bias'"):
             checkpoints.convert(detector, name)
+    theirs = transformers_state(ours, "")
+    for i in range(4):
+        for leaf in ("weight", "bias"):
+            theirs[f"hidden_states_norms.stage{i + 1}.{leaf}"] = detector[f"norm{i}.{leaf}"].clone()
+    check_two_way(detector, theirs, "transformers", assert_same)
     with pytest.raises(ValueError, match="missing keys: 'norm2.bias'"):
         checkpoints.convert({k: v for k, v in detector.items() if k != "norm2.bias"}, "convdit")
     with pytest.raises(ValueError, match="unexpected keys: 'norm4.weight'"):

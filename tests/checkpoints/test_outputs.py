@@ -83,6 +83,22 @@ def test_transformers_logits_and_the_way_back(images, version):
 
 
 @torch.no_grad()
+def test_transformers_backbone_and_the_way_back(images):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ConvNextV2Config(
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), out_features=["stage2", "stage4"]
+    )
+    theirs = randomise(transformers.ConvNextV2Backbone(config))
+    options = {"features_only": True, "out_norms": True, "out_indices": (1, 3)}
+    ours = models.create("convnextv2_tiny", depths=DEPTHS, dims=DIMS, **options).eval()
+    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "convdit"))
+    for map_, expected in zip(ours(images), theirs(images).feature_maps, strict=True):
+        assert_close(map_, expected)
+    back = checkpoints.convert(ours.state_dict(), "transformers")
+    assert {key: value.shape for key, value in back.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@torch.no_grad()
 def test_an_fcmae_goes_to_minkowski_and_its_encoder_into_a_dense_model(images):
     fcmae = models.FCMAE("convnextv2_atto", image_size=64, depths=DEPTHS, dims=DIMS, decoder_dim=16)
     randomise(fcmae)
