@@ -62,8 +62,7 @@ class GaussianDiffusion:
         """A table on a device, copied there once: a copy at every step would wait for the GPU."""
         key = (name, device, dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # what a sampler stores must serve training too
-                table = torch.as_tensor(getattr(self.schedule, name)).to(device=device, dtype=dtype)
+            table = torch.as_tensor(getattr(self.schedule, name)).to(device=device, dtype=dtype)
             if type(table) is not Tensor:  # one without values, of a trace
                 return table
             self._tables[key] = table
