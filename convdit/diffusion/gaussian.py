@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from convdit.diffusion import samplers
+from convdit.diffusion._checks import check_training, error_by_sample, mean_by_sample
 from convdit.diffusion.likelihood import discretized_log_likelihood, normal_kl
 from convdit.diffusion.schedules import Schedule, betas, respaced_timesteps
 
@@ -52,6 +52,12 @@ class GaussianDiffusion:
     def num_timesteps(self) -> int:
         """How many steps a sampler takes."""
         return len(self.timesteps)
+
+    def draw_timesteps(
+        self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Indices (n,) for `training_losses`, each step as likely as another."""
+        return torch.randint(self.num_timesteps, (n,), device=device, generator=generator)
 
     def table(self, name: str, t: Tensor, x: Tensor) -> Tensor:
         """Entries t (N,) of the schedule's table of that name, shaped to multiply x (N, ...)."""
@@ -124,12 +130,13 @@ class GaussianDiffusion:
         predicted noise, "vb" the variational bound in bits per dimension, which trains the variance
         alone: its mean is detached. "vb" is 0 where the variance is not learned.
         """
-        _check_training(x0, t, noise, self.num_timesteps)
+        check_training("x0", x0, t, noise)
+        _check_indices(t, self.num_timesteps)
         x0 = samplers.full_precision(x0)
         noise = torch.randn_like(x0) if noise is None else noise.to(x0.dtype)
         x = self.q_sample(x0, t, noise)
         predicted, sigma = self.predict(model, x, t, **model_kwargs)
-        mse = _mean((noise - predicted) ** 2)
+        mse = error_by_sample(predicted, noise)
         vb = torch.zeros_like(mse)
         if sigma is not None:
             vb = self.variational_bound(x0, x, t, predicted.detach(), sigma)
@@ -149,8 +156,8 @@ class GaussianDiffusion:
         log_variance = self.log_variance(sigma, t, x)
         true_mean = self.posterior_mean(x0, x, t)
         true_log_variance = self.table("posterior_log_variance", t, x)
-        kl = _mean(normal_kl(true_mean, true_log_variance, mean, log_variance))
-        likelihood = _mean(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
+        kl = mean_by_sample(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        likelihood = mean_by_sample(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
         return torch.where(t == 0, -likelihood, kl) / math.log(2)
 
     @torch.no_grad()
@@ -195,8 +202,15 @@ class GaussianDiffusion:
             raise ValueError(
                 "clip_denoised: expected False for a diffusers scheduler, which is told so when it is made, got True"
             )
-        call = partial(model, **model_kwargs)
-        return samplers.scheduled(self, call, x, sampler, eta, generator, progress)
+        samplers.check_scheduler(self, sampler)
+        variance_too = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:  # t are original timesteps, of the scheduler's choice
+            out = model(x, t, **model_kwargs)
+            noise, _ = self.split(out, x)
+            return out.to(x.dtype) if variance_too else noise
+
+        return samplers.scheduled(self.num_timesteps, predict, x, sampler, eta, generator, progress)
 
     @torch.no_grad()
     def invert(
@@ -221,20 +235,9 @@ class GaussianDiffusion:
         return samplers.ddim_inverse(self, denoise, x0, refinements, progress)
 
 
-def _check_training(x0: Tensor, t: Tensor, noise: Tensor | None, steps: int) -> None:
-    if not x0.is_floating_point():
-        raise TypeError(f"x0: expected a floating dtype, got {x0.dtype}")
+def _check_indices(t: Tensor, steps: int) -> None:
     if t.is_floating_point() or t.dtype == torch.bool:
         raise TypeError(f"t: expected whole step indices, got {t.dtype}")
-    if tuple(t.shape) != (len(x0),):
-        raise ValueError(f"t: expected shape (N,) = ({len(x0)},), got {tuple(t.shape)}")
     # On a GPU looking would wait for it; there index_select stops what is out of range.
     if t.numel() and t.device.type == "cpu" and not 0 <= int(t.min()) <= int(t.max()) < steps:
         raise ValueError(f"t: expected steps in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
-    if noise is not None and noise.shape != x0.shape:
-        raise ValueError(f"noise: expected shape {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
-
-
-def _mean(x: Tensor) -> Tensor:
-    """The mean of each sample: (N, ...) to (N,)."""
-    return x.flatten(1).mean(1)
