@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .test_dit import inputs, small
+from convdit.models import DiT
+from convdit.nn.dit_block import CONDITIONINGS
+
+from .test_dit import inputs, small, text, text_model
 
 
 def test_guidance_moves_from_null_through_conditional_on_the_chosen_channels():
@@ -49,6 +53,86 @@ def test_unknown_channels_are_named():
         model.forward_with_cfg(*inputs(model), 2.0, channels="first4")
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_guidance_by_embeddings_equals_that_by_their_labels(conditioning):
+    model = small(conditioning=conditioning)
+    x, t, y = inputs(model)
+    expected = model.forward_with_cfg(x, t, y, 3.0, "all")
+    rows = model.y_embedder.embedding_table(y)
+    assert torch.equal(model.forward_with_cfg(x, t, rows, 3.0, "all"), expected)
+    if conditioning == "cross_attention":
+        tokens = torch.stack([rows, torch.randn_like(rows)], 1)
+        mask = torch.tensor([[True, False]] * 3)
+        guided = model.forward_with_cfg(x, t, tokens, 3.0, "all", y_mask=mask)
+        torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_text_starts_from_the_null_that_training_drops_to():
+    model = text_model(class_dropout_prob=1.0)
+    x, t, _ = inputs(model)
+    y, mask = text(model)
+    conditional = model(x, t, y, mask)
+    null = model.train()(x, t, y, mask)
+    guided = model.eval().forward_with_cfg(x, t, y, 3.0, "all", y_mask=mask)
+    expected = torch.cat([(null + 3 * (conditional - null))[:, :5], conditional[:, 5:]], 1)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance needs a null class"):
+        text_model(class_dropout_prob=0).forward_with_cfg(x, t, y, 3.0)
+
+
+def test_guidance_interval_guides_at_its_timesteps_alone_both_ends_included():
+    model = small()
+    x, _, y = inputs(model)
+    for t, guided in [((3, 999, 500), (False, False, True)), ((100, 600, 601), (True, True, False))]:
+        t = torch.tensor(t)
+        inside = model.forward_with_cfg(x, t, y, 4.0, "all")
+        out = model.forward_with_cfg(x, t, y, 4.0, "all", interval=(100, 600))
+        expected = torch.where(torch.tensor(guided).view(3, 1, 1, 1), inside, model(x, t, y))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(inside, model(x, t, y), rtol=1e-2)
+
+
+def test_forward_and_guidance_look_at_no_value():
+    """On the meta device a look at a value raises; on a GPU it would wait for all work in flight."""
+    with torch.device("meta"):
+        model = DiT(8, 2, 4, 32, 1, 2, num_classes=5)
+        x, t, y = torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.long)
+        assert model(x, t, y).shape == (2, 8, 8, 8)
+        assert model.forward_with_cfg(x, t, y, 2.0, interval=(0, 5), doubled=False).shape == (2, 8, 8, 8)
+        assert model.forward_with_cfg(x, t, y, 2.0, doubled=True).shape == (2, 8, 8, 8)
+
+
+def test_the_form_of_guidance_is_looked_up_once_for_each_tensor_of_labels():
+    class Looks(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, op, types, arguments=(), options=None):
+            self.seen += op is torch.ops.aten._local_scalar_dense.default
+            return op(*arguments, **(options or {}))
+
+    model = small()
+    y = torch.tensor([1, 2])
+    with Looks() as looks:
+        assert [model._holds_batch_twice(y) for _ in range(3)] == [False] * 3
+        assert looks.seen == 1
+        y[1] = 7  # in place: the same tensor, another form
+        assert model._holds_batch_twice(y) and looks.seen == 2
+        assert not model._holds_batch_twice(torch.tensor([7, 1])) and looks.seen == 3
+    with torch.inference_mode():  # no count of changes there: looks every time
+        y = torch.tensor([1, 7])
+        assert model._holds_batch_twice(y)
+        y[1] = 2
+        assert not model._holds_batch_twice(y)
+
+
+def test_guidance_compiles_to_one_graph():
+    model = small(depth=1)
+    x, t, y = inputs(model)
+    compiled = torch.compile(model.forward_with_cfg, fullgraph=True, backend="eager")
+    options = {"cfg_scale": 3.0, "channels": "all", "interval": (2, 600), "doubled": False}
+    torch.testing.assert_close(compiled(x, t, y, **options), model.forward_with_cfg(x, t, y, **options))
+
+
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln"])
 def test_cached_modulation_gives_the_same_output_to_rounding(conditioning):
     model = small(conditioning=conditioning)
@@ -87,6 +171,22 @@ def test_uncached_timestep_or_label_raises_and_is_named():
     model(x, torch.tensor([3, 501, 0]), y)
 
 
+def test_cache_serves_embeddings_in_place_of_labels():
+    model = small()
+    x, t, y = inputs(model)
+    rows = model.y_embedder.embedding_table(y).detach()
+    expected, guided = model(x, t, rows), model.forward_with_cfg(x, t, rows, 2.0, "all")
+    with model.cache_modulation(t, rows, guidance=True) as cache:
+        torch.testing.assert_close(model(x, t, rows), expected, rtol=1e-4, atol=1e-5)
+        again = model.forward_with_cfg(x, t, rows, 2.0, "all")
+        torch.testing.assert_close(again, guided, rtol=1e-4, atol=1e-5)
+        assert cache.table.shape == (3, 4, 6 * 3 + 2, 24)  # the null row once for the batch of three
+        with pytest.raises(ValueError, match=r"y: expected the embeddings \(3, 24\) that the cache was made for"):
+            model(x, t, rows + 1)
+    with model.cache_modulation(t, rows), pytest.raises(ValueError, match="guidance: expected a cache made with"):
+        model.forward_with_cfg(x, t, rows, 2.0)
+
+
 def test_cache_is_left_behind_when_the_body_fails():
     model = small()
     x, t, y = inputs(model)
@@ -116,7 +216,7 @@ def test_cache_serves_an_unconditional_model():
     [
         ({"conditioning": "in_context"}, ([1], torch.tensor([1])), ValueError, "in_context"),
         ({}, ([], torch.tensor([1])), ValueError, "timesteps"),
-        ({}, ([1], torch.zeros(2, 24)), TypeError, "int labels"),
+        ({}, ([1], torch.zeros(2, 23)), ValueError, r"embeddings of shape \(2, 24\)"),
         ({}, ([1], torch.tensor([9])), ValueError, "y: expected labels in 0..7"),
         ({}, ([1], None), ValueError, "y: expected labels .* got None"),
         ({}, ([1], None, True), ValueError, "guidance=True"),
