@@ -1,0 +1,88 @@
+"""Single layers: depthwise convolution, response normalisation, LayerNorm over the channels of (N, C, H, W)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convdit import ops
+
+from .swap import Rule, defined_by, own_class
+
+
+def depthwise(conv: nn.Module) -> str | None:
+    """Why a module is not a convolution that `convdit.ops.depthwise_conv2d` computes."""
+    if own_class(conv) is not nn.Conv2d:
+        return f"its convolution is {type(conv).__name__}, not torch.nn.Conv2d"
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        return f"its convolution has {conv.groups} groups for {conv.in_channels} channels in, {conv.out_channels} out"
+    k = conv.kernel_size[0]
+    if conv.kernel_size != (k, k) or k % 2 == 0 or not 3 <= k <= 31:
+        return f"a {conv.kernel_size[0]}x{conv.kernel_size[1]} kernel is not square, odd and 3 to 31"
+    if conv.stride != (1, 1) or conv.dilation != (1, 1):
+        return f"stride {conv.stride}, dilation {conv.dilation}"
+    if conv.padding not in ("same", (k // 2, k // 2)) or conv.padding_mode != "zeros":
+        return f"padding {conv.padding}, {conv.padding_mode}"
+    return None
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _conv_gains(conv: nn.Module, x: Tensor) -> bool:
+    return channels_last(x) and x.dtype == conv.weight.dtype
+
+
+def _conv(conv: nn.Module, x: Tensor) -> Tensor:
+    return ops.depthwise_conv2d(x.permute(0, 2, 3, 1), conv.weight, conv.bias).permute(0, 3, 1, 2)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return defined_by(module) == ("torch.nn.modules.conv", "Conv2d") and 1 < module.groups == module.in_channels
+
+
+def _grn(grn: nn.Module, x: Tensor) -> Tensor:
+    if grn.channel_dim == 1:
+        return ops.grn(x.permute(0, 2, 3, 1), grn.weight, grn.bias, grn.eps).permute(0, 3, 1, 2)
+    return ops.grn(x, grn.weight, grn.bias, grn.eps)
+
+
+def _grn_gains(grn: nn.Module, x: Tensor) -> bool:
+    return channels_last(x) if grn.channel_dim == 1 else x.dim() == 4 and x.is_contiguous()
+
+
+def _map(channels: int) -> tuple[tuple, dict]:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(2, channels, 5, 6, generator=generator, dtype=torch.float64),), {}
+
+
+def _grn_example(grn: nn.Module) -> tuple[tuple, dict]:
+    (x,), _ = _map(grn.weight.numel())
+    return (x if grn.channel_dim == 1 else x.permute(0, 2, 3, 1),), {}
+
+
+def _is_channels_first_norm(module: nn.Module) -> bool:
+    """The LayerNorm of facebookresearch/ConvNeXt(-V2), a chain of elementwise operations."""
+    known = defined_by(module)[1] == "LayerNorm" and not isinstance(module, nn.LayerNorm)
+    return (
+        known
+        and getattr(module, "data_format", None) == "channels_first"
+        and {"weight", "bias"} <= set(module._parameters)
+    )
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    y = F.layer_norm(x.permute(0, 2, 3, 1), norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    return y.permute(0, 3, 1, 2)
+
+
+RULES = (
+    Rule("depthwise_conv2d", "convdit.ops.depthwise_conv2d", _is_depthwise, depthwise, _conv_gains, _conv,
+         lambda conv: _map(conv.in_channels)),
+    Rule("grn", "convdit.ops.grn", lambda m: defined_by(m) == ("timm.layers.grn", "GlobalResponseNorm"),
+         lambda grn: None, _grn_gains, _grn, _grn_example),
+    Rule("channels_first_norm", "torch.nn.functional.layer_norm on the map as it lies in memory", _is_channels_first_norm,
+         lambda norm: None, lambda norm, x: x.dim() == 4, _norm, lambda norm: _map(norm.weight.numel())),
+)  # fmt: skip
