@@ -83,6 +83,6 @@ RULES = (
          lambda conv: _map(conv.in_channels)),
     Rule("grn", "convdit.ops.grn", lambda m: defined_by(m) == ("timm.layers.grn", "GlobalResponseNorm"),
          lambda grn: None, _grn_gains, _grn, _grn_example),
-    Rule("channels_first_norm", "torch.nn.functional.layer_norm on the map as it lies in memory", _is_channels_first_norm,
+    Rule("channels_first_norm", "torch.nn.functional.layer_norm of the permuted map", _is_channels_first_norm,
          lambda norm: None, lambda norm, x: x.dim() == 4, _norm, lambda norm: _map(norm.weight.numel())),
 )  # fmt: skip
