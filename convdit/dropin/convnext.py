@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convdit import ops
 
-from .layers import depthwise
+from .layers import depthwise, wants_gradient
 from .swap import Rule, defined_by, touched
 
 
@@ -107,7 +107,15 @@ def _refuses(block: nn.Module) -> str | None:
 
 
 def _gains(block: nn.Module, x: Tensor) -> bool:
-    return x.dim() == 4 and x.dtype == _get(block, _names(block).conv).weight.dtype
+    """As measured on a Zen 4, one thread, against eager timm on channels-last maps (8 to 768 channels, 2x2 to 56x56, 1
+    and 8 images): version 2 gains 1.14 to 3.6 everywhere; version 1, nearly all matrix products, 1.02 to 1.9
+    with gradients and 1.01 to 1.23 without in float32, but 0.96 to 1.16 without in bfloat16.
+    """
+    names = _names(block)
+    weight = _get(block, names.conv).weight
+    if x.dim() != 4 or x.dtype != weight.dtype:
+        return False
+    return bool(names.grn) or x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and wants_gradient(x, weight))
 
 
 def _compute(block: nn.Module, x: Tensor) -> Tensor:
@@ -126,12 +134,44 @@ def _compute(block: nn.Module, x: Tensor) -> Tensor:
             weights = (conv.weight, conv.bias, norm.weight, norm.bias, weight1, bias1, gamma, beta, weight2, bias2)
             return ops.convnext_block(x, *weights, eps).permute(0, 3, 1, 2)
     y = ops.depthwise_conv2d_layer_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+    if grn is None and idle and _in_pieces(x, y, weight1):
+        return _mlp_in_pieces(x, y, weight1, bias1, weight2, bias2, scale).permute(0, 3, 1, 2)
     y = F.linear(y, weight1, bias1)
     y = F.gelu(y) if grn is None else ops.gelu_grn(y, gamma, beta, eps)
     y = F.linear(y, weight2, bias2)
     if scale is not None:
         y = y * scale
     return (x + drop_path(y)).permute(0, 3, 1, 2)
+
+
+_PIECE = 1 << 22  # bytes of the hidden tensor that are made and used up at a time
+_SMALL = 1 << 18  # elements of a weight: PyTorch repacks it for each piece, and larger ones cost more than they gain
+
+
+def _in_pieces(x: Tensor, y: Tensor, weight1: Tensor) -> bool:
+    """Whether the hidden tensor, which is large, may stay in cache: neither gradients nor a compiler want it whole."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.is_grad_enabled() or y.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        return False
+    return weight1.numel() <= _SMALL and 4 * y.numel() * y.element_size() > 2 * _PIECE
+
+
+def _mlp_in_pieces(
+    x: Tensor, y: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, scale: Tensor | None
+) -> Tensor:
+    """x + scale * linear(gelu(linear(y))), some sites at a time."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    rows = _PIECE // (weight1.shape[0] * y.element_size())
+    pieces = (t.flatten(0, 2).split(rows) for t in (x, y, out))
+    for x_piece, y_piece, out_piece in zip(*pieces, strict=True):
+        hidden = torch.ops.aten.gelu_(F.linear(y_piece, weight1, bias1))
+        branch = F.linear(hidden, weight2, bias2)
+        if scale is None:
+            torch.add(x_piece, branch, out=out_piece)
+        else:
+            torch.addcmul(x_piece, branch, scale, out=out_piece)
+    return out
 
 
 def _example(block: nn.Module) -> tuple[tuple, dict]:

@@ -31,8 +31,23 @@ def channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def _conv_gains(conv: nn.Module, x: Tensor) -> bool:
-    return channels_last(x) and x.dtype == conv.weight.dtype
+    """Where the map lies channels-last, and by kernel, as measured on a Zen 4, one thread, against eager channels-last.
+
+    32 to 960 channels, 112x112 to 7x7, 1 and 8 images, in float32: forward 0.64 to 1.5 for 3x3, 0.7 to 1.6 for 5x5,
+    1.1 to 1.9 for 7x7, 0.97 to 1.6 for 9x9 (below 1.1 with 32 channels only), 1.4 to 1.6 for 11x11; with gradients 0.74
+    to 1.1 for 3x3, 2.7 to 6 for all others. In bfloat16 the forward gains nothing, and with gradients as much or more.
+    """
+    k = conv.kernel_size[0]
+    if not channels_last(x) or x.dtype != conv.weight.dtype or x.dtype == torch.float16:
+        return False
+    if wants_gradient(x, conv.weight):
+        return k >= 5
+    return x.dtype == torch.float32 and k >= 7 and (k != 9 or conv.in_channels >= 64)
 
 
 def _conv(conv: nn.Module, x: Tensor) -> Tensor:
@@ -50,7 +65,10 @@ def _grn(grn: nn.Module, x: Tensor) -> Tensor:
 
 
 def _grn_gains(grn: nn.Module, x: Tensor) -> bool:
-    return channels_last(x) if grn.channel_dim == 1 else x.dim() == 4 and x.is_contiguous()
+    """1.06 to 13 on maps that lie channels-last, as measured like the convolution; below a few thousand values (0.88 to
+    1.7) starting costs as much."""
+    lies_well = channels_last(x) if grn.channel_dim == 1 else x.dim() == 4 and x.is_contiguous()
+    return lies_well and x.numel() >= 4096
 
 
 def _map(channels: int) -> tuple[tuple, dict]:

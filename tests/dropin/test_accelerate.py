@@ -287,17 +287,62 @@ def test_a_model_without_memory_can_be_accelerated():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_grn_and_depthwise_convolution_alone(channels_last):
-    conv, norm = nn.Conv2d(16, 16, 5, padding="same", groups=16), GlobalResponseNorm(16, channels_last=False)
+    conv, norm = nn.Conv2d(32, 32, 7, padding="same", groups=32), GlobalResponseNorm(32, channels_last=False)
     nn.init.normal_(norm.weight)
     model = nn.Sequential(conv, norm).eval()
     right = copy.deepcopy(model).double()
     plain = copy.deepcopy(model)
     convdit.accelerate(model)
-    images = x().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.randn(2, 32, 9, 8).contiguous(memory_format=layout)
     assert operators(model, images) == ({"depthwise_conv2d_fwd", "grn_fwd"} if channels_last else set())
     with torch.no_grad():
         ours, plain, right = model(images), plain(images), right(images.double())
     assert_rows_close(*(t.permute(0, 2, 3, 1) for t in (ours, plain, right)), torch.float32, "two layers")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "grad", "fast"),
+    [
+        (3, torch.float32, True, False),
+        (5, torch.float32, True, True),
+        (5, torch.float32, False, False),
+        (7, torch.float32, False, True),
+        (7, torch.bfloat16, False, False),
+        (7, torch.bfloat16, True, True),
+    ],
+)
+def test_a_convolution_that_gains_nothing_is_left_alone(kernel, dtype, grad, fast):
+    model = nn.Conv2d(32, 32, kernel, padding=kernel // 2, groups=32, dtype=dtype)
+    assert convdit.accelerate(model).swapped
+    images = torch.randn(2, 32, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    with Operators() as ran, torch.set_grad_enabled(grad):
+        model(images)
+    assert bool(ran.names) == fast
+
+
+def test_a_large_hidden_tensor_of_version_1_is_made_in_pieces():
+    made = ConvNeXtBlock(64).eval().requires_grad_(False)
+    nn.init.normal_(made.gamma)
+    images = torch.randn(3, 64, 62, 61).contiguous(memory_format=torch.channels_last)
+    right, plain = copy.deepcopy(made).double()(images.double()), made(images)
+    convdit.accelerate(made)
+    with torch.no_grad(), Sizes() as sizes:
+        ours = made(images)
+    assert sizes.largest == 1 << 20  # values, in a hidden tensor of 2.9 million
+    assert_rows_close(*(t.permute(0, 2, 3, 1) for t in (ours, plain, right)), torch.float32, "pieces")
+
+
+class Sizes(TorchDispatchMode):
+    """The largest result of a matrix product."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::addmm", "aten::mm", "aten::linear"):
+            self.largest = max(self.largest, out.numel())
+        return out
 
 
 def test_restore_refuses_a_class_that_was_changed_since():
