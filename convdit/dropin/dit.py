@@ -1,16 +1,19 @@
 """Transformer blocks with adaLN-Zero: facebookresearch/DiT, SiT, diffusers' DiT; diffusers' AdaLayerNormZero alone.
 
-Attention and the MLP are called as they are, hooks and all: only norms, modulation and gates are computed by us.
+Attention and the MLP are called as they are, hooks and all: only norms, modulation and gates are computed by us. Where
+nothing could see the difference, the Linears of diffusers' attention and of both MLPs run as `products` says.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit import ops
 
-from .swap import Rule, defined_by, touched
+from . import products
+from .swap import Rule, defined_by, touched, watched
 
 _OFFICIAL = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 _FINAL = {"norm_final", "linear", "adaLN_modulation"}
@@ -46,7 +49,20 @@ def _official(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
     y = block.attn(ops.layer_norm_modulate(x, shift1, scale1, block.norm1.eps))
     x, y = ops.gated_residual_layer_norm_modulate(x, y, gate1, shift2, scale2, block.norm2.eps)
-    return ops.gated_residual(x, block.mlp(y), gate2)
+    return ops.gated_residual(x, _mlp(block.mlp, y), gate2)
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """mlp(x), of timm's Mlp."""
+    known = defined_by(mlp) == ("timm.layers.mlp", "Mlp") and products.usable(x) and _gelu_tanh(mlp.act)
+    idle = known and not (mlp.drop1.p or mlp.drop2.p) and type(mlp.norm) is nn.Identity
+    if not idle or not (products.plain(mlp.fc1) and products.plain(mlp.fc2)) or watched(mlp):
+        return mlp(x)
+    return products.mlp(x, mlp.fc1, mlp.fc2)
+
+
+def _gelu_tanh(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == "tanh"
 
 
 def _official_example(block: nn.Module) -> tuple[tuple, dict]:
@@ -105,9 +121,37 @@ def _diffusers(
     y = ops.layer_norm_modulate(x, shift1, scale1, norm1.norm.eps)
     encoder = encoder_hidden_states if block.only_cross_attention else None
     options = cross_attention_kwargs or {}
-    y = block.attn1(y, encoder_hidden_states=encoder, attention_mask=attention_mask, **options)
+    if attention_mask is None and encoder is None and not options and _attends_plainly(block.attn1, y):
+        y = _attend(block.attn1, y)
+    else:
+        y = block.attn1(y, encoder_hidden_states=encoder, attention_mask=attention_mask, **options)
     x, y = ops.gated_residual_layer_norm_modulate(x, y, gate1, shift2, scale2, block.norm3.eps)
-    return ops.gated_residual(x, block.ff(y), gate2)
+    return ops.gated_residual(x, _feed_forward(block.ff, y), gate2)
+
+
+def _attends_plainly(attn: nn.Module, x: Tensor) -> bool:
+    if not products.usable(x) or type(attn.processor).__name__ != "AttnProcessor2_0" or attn.to_out is None:
+        return False
+    others = (attn.group_norm, attn.spatial_norm, attn.norm_q, attn.norm_k)
+    if any(other is not None for other in others) or attn.residual_connection or attn.rescale_output_factor != 1:
+        return False
+    linears = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+    return all(map(products.plain, linears)) and not attn.to_out[1].p and not watched(attn)
+
+
+def _attend(attn: nn.Module, x: Tensor) -> Tensor:
+    heads = (products.linear(x, layer) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in heads)
+    return products.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attn.to_out[0])
+
+
+def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+    """ff(x), of diffusers' FeedForward."""
+    known = products.usable(x) and len(ff.net) == 3 and type(ff.net[0]).__name__ == "GELU" and not ff.net[1].p
+    if known and ff.net[0].approximate == "tanh" and products.plain(ff.net[0].proj) and products.plain(ff.net[2]):
+        if not watched(ff):
+            return products.mlp(x, ff.net[0].proj, ff.net[2])
+    return ff(x)
 
 
 def _diffusers_example(block: nn.Module) -> tuple[tuple, dict]:

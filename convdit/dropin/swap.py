@@ -134,6 +134,11 @@ def touched(module: nn.Module, *inner: str) -> str | None:
     return None
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether a hook, or a forward of its own, is on a module or inside it."""
+    return any("forward" in part.__dict__ or any(getattr(part, h) for h in _HOOKS) for part in module.modules())
+
+
 def own_class(module: nn.Module) -> type:
     """A module's class, before it was swapped."""
     return getattr(module, "convdit_original", type(module))

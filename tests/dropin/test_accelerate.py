@@ -20,14 +20,14 @@ from . import families, official
 
 
 class Operators(TorchDispatchMode):
-    """The names of our operators that ran."""
+    """The names of our operators, or those of another namespace, that ran."""
 
-    def __init__(self):
+    def __init__(self, namespace="convdit"):
         super().__init__()
-        self.names = set()
+        self.namespace, self.names = namespace, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "convdit":
+        if func.namespace == self.namespace:
             self.names.add(func._schema.name.split("::")[1])
         return func(*args, **(kwargs or {}))
 
@@ -73,6 +73,23 @@ def test_values_and_gradients_keep_to_the_error_rule(results, name, training):
             assert o.dtype == p.dtype and o.shape == p.shape
             o, p, r = (t.flatten() for t in (o, p, r))
             assert_rows_close(o, p, r, torch.float32, f"{name}, {('value', 'gradient')[kind]} {i}")
+
+
+@pytest.mark.parametrize("name", families.DITS)
+def test_inference_of_transformers_keeps_to_the_error_rule_and_to_hooks(results, name):
+    model, fast, _ = results(name)
+    model, fast = model.eval(), copy.deepcopy(fast).eval()
+    with torch.no_grad():
+        right, plain = (families.call(name, m)[0] for m in (copy.deepcopy(model).double(), model))
+        with Operators("mkldnn") as products:
+            ours = families.call(name, fast)[0]
+        assert products.names == {"_linear_pointwise"}
+        assert_rows_close(*(t.flatten() for t in (ours, plain, right)), torch.float32, name)
+        calls, inner = [], [m for n, m in fast.named_modules() if n.endswith(("mlp.fc2", "ff.net.2", "attn1.to_q"))]
+        for part in inner:
+            part.register_forward_hook(lambda *_: calls.append(1))
+        families.call(name, fast)
+        assert len(calls) == len(inner) >= 2
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
