@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
     convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place")
 
+    fast = add(
+        "accelerate", _accelerate, "which layers of other people's models convdit.accelerate computes, and which not"
+    )
+    fast.add_argument(
+        "models", nargs="+", metavar="MODEL", help="timm/NAME, transformers/TYPE, diffusers/CLASS or FILE.py:FUNCTION"
+    )
     info = add("info", _info, "what was built, and a self-check of every operator")
     info.add_argument("--out", help="write it to this JSON file too")
     bench = add("bench", _bench, "times of operators and models beside their rivals'")
@@ -240,6 +246,13 @@ def _convert(given: argparse.Namespace) -> None:
         raise ValueError("OUT: expected the name of the file to write")
     found, count = convert_file(given.source, Path(target), given.to, given.source_format, given.encoder_only)
     print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
+
+
+def _accelerate(given: argparse.Namespace) -> None:
+    from .dropin.named import report
+
+    for name in given.models:
+        print(f"{name}: {report(name)}")
 
 
 def _info(given: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from benchmarks import (
     bench_convnext,
     bench_depthwise_conv,
     bench_dit,
+    bench_dropin,
     bench_fcmae,
     bench_grid,
     bench_grn,
@@ -111,9 +112,13 @@ def test_sparse_and_dense_convolutions_compute_the_same_at_visible_sites(what, s
 def test_models_infer_and_train_alike(interpreted):
     options = {"n": 2, "side": 64, **SMALL}
     assert_same(bench_convnext.inference("convnextv2_atto", **options))
+    for compiled in (False, True):
+        assert_same(bench_dropin.inference("convnextv2_atto", compiled, num_classes=5, **options))
+        assert_same(bench_dropin.diffusers_inference(compiled, side=8, heads=2, layers=1))
     # A second and a third loss depend on the gradients of every parameter.
     for work in (
         bench_convnext.training("convnextv2_atto", lr=1e-2, **options),
+        bench_dropin.training("convnextv2_atto", lr=1e-2, num_classes=5, **options),
         bench_fcmae.training("convnextv2_atto", lr=1e-2, decoder_dim=16, **options),
     ):
         losses = []

@@ -239,12 +239,6 @@ def test_opcheck(gelu):
         torch.library.opcheck(getattr(library, name).default, args)
 
 
-def test_jvp_raises_rather_than_giving_zeros():
-    x, p = torch.randn(2, 3, 3, 8), torch.randn(8)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: ops.gelu_grn(x, p, p), (x,), (x,))
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [
