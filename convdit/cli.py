@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     probe = add("probe", _probe, "linear probe and nearest neighbours of frozen features", opt.ProbeOptions)
     probe.add_argument("--out", help="write the result to this JSON file too")
 
+    impact = add("impact", _impact, "what FCMAE is worth to V1 and V2, at equal compute too", opt.ImpactOptions)
+    impact.add_argument("--out", default="impact-report", help="folder of the report (%(default)s)")
+    collapse = add("collapse", _collapse, "feature collapse in V1, V2, and V2 without GRN", opt.CollapseOptions)
+    collapse.add_argument("--out", default="collapse-report", help="folder of the report (%(default)s)")
+
     show = add("reconstruct", _reconstruct, "what a pre-trained FCMAE fills in", opt.DataOptions)
     show.add_argument("weights", help="run folder of pretrain, or its model.safetensors")
     show.add_argument("--out", default="reconstructions.png", help="PNG file (%(default)s)")
@@ -206,6 +211,18 @@ def _probe(given: argparse.Namespace) -> None:
     from .training.finetune import probe
 
     _report(probe(_options(given)), given.out)
+
+
+def _impact(given: argparse.Namespace) -> None:
+    from .training.impact import impact
+
+    impact(_options(given), given.out)
+
+
+def _collapse(given: argparse.Namespace) -> None:
+    from .training.collapse import collapse
+
+    print("\n".join(collapse(_options(given), given.out)["verdict"]))
 
 
 def _reconstruct(given: argparse.Namespace) -> None:

@@ -133,6 +133,7 @@ class PretrainOptions(LoopOptions, ModelOptions, DataOptions):
     decoder_depth: int = option(1, "blocks of the decoder")
     norm_pix_loss: bool = option(True, "predict pixels normalised by the patch's mean and deviation")
     grn_scope: str = option("sample", "sites that GRN pools over", ("sample", "batch"))
+    grn: bool = option(True, "train the encoder's GRN; without: it stays the identity, as if it were not there")
     sparse: bool = option(True, "sparse convolutions; without: dense ones on masked maps, as a check")
 
     def augmentation(self, image_size: int) -> str:
@@ -207,6 +208,40 @@ class DiTOptions(LoopOptions, DataOptions):
     ema: float = option(0.999, "decay of the moving average of the weights; 0: none")
     weight_decay: float = option(0.0, "AdamW decay of matrices and kernels")
     augment: str = option("none", "random geometry of the pictures", AUGMENTATIONS)
+
+
+@dataclass
+class ImpactOptions:
+    """The talk's table, small: supervised, supervised at equal compute, FCMAE then fine-tuned; ConvNeXt V1 and V2."""
+
+    data: str = option("mnist5k", "mnist5k, digits, or a path")
+    labels: int = option(200, "labelled pictures, balanced; pre-training sees all pictures, without labels")
+    repeats: int = option(3, "seeds of each figure: other labels and, from scratch, other weights")
+    pretrain_steps: int = option(600, "steps of each FCMAE pre-training")
+    finetune_steps: int = option(100, "steps of each fine-tuning, and of the shorter supervised runs")
+    seed: int = option(0, "first seed")
+    cpu: bool = option(False, "stay on the CPU even where there is a GPU")
+
+    def check(self) -> None:
+        for name in ("labels", "repeats", "pretrain_steps", "finetune_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class CollapseOptions:
+    """Feature collapse: distance, dead and saturated channels by layer, after FCMAE of V1, V2, and V2 without GRN."""
+
+    data: str = option("mnist5k", "mnist5k, digits, or a path")
+    pretrain_steps: int = option(600, "steps of each FCMAE pre-training")
+    pictures: int = option(200, "held-out pictures that the figures are taken from")
+    seed: int = option(0, "seed of weights, order and masks")
+    cpu: bool = option(False, "stay on the CPU even where there is a GPU")
+
+    def check(self) -> None:
+        for name in ("pictures", "pretrain_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 def saved(options: Any) -> dict[str, Any]:

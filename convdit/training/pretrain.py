@@ -24,6 +24,8 @@ def pretrain(options: PretrainOptions, out: str | Path, resume: bool = False) ->
     size = splits.train.image_shape[1]
     model_config = build.fcmae_config(options, splits.train.image_shape)
     model = build.fcmae(model_config)
+    if not options.grn:
+        build.switch_off_grn(model.encoder)
     normalise = Normalise.of(splits.train)
     config = {
         "task": "pretrain",
