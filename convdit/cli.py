@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     probe = add("probe", _probe, "linear probe and nearest neighbours of frozen features", opt.ProbeOptions)
     probe.add_argument("--out", help="write the result to this JSON file too")
 
+    judge = add("validate", _validate, "accuracy of a classifier", opt.ValidateOptions)
+    judge.add_argument("weights", help="run folder of finetune, or another project's checkpoint with --model")
+    judge.add_argument("--out", help="write the result to this JSON file too")
     impact = add("impact", _impact, "what FCMAE is worth to V1 and V2, at equal compute too", opt.ImpactOptions)
     impact.add_argument("--out", default="impact-report", help="folder of the report (%(default)s)")
     collapse = add("collapse", _collapse, "feature collapse in V1, V2, and V2 without GRN", opt.CollapseOptions)
@@ -211,6 +214,12 @@ def _probe(given: argparse.Namespace) -> None:
     from .training.finetune import probe
 
     _report(probe(_options(given)), given.out)
+
+
+def _validate(given: argparse.Namespace) -> None:
+    from .training.finetune import validate
+
+    _report(validate(given.weights, _options(given)), given.out)
 
 
 def _impact(given: argparse.Namespace) -> None:

@@ -13,8 +13,6 @@ from .options import DataOptions, ModelOptions
 from .runs import RESULT, WEIGHTS, Run, RunError, read_weights, save_weights, write_json
 from .transforms import Normalise
 
-_IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
 
 def open_data(options: DataOptions, crop_ratio: float | None = 1.0) -> data.Splits:
     train, test = data.load(options.data, options.image_size, options.channels, crop_ratio)
@@ -63,8 +61,13 @@ def normalisation(config: dict | None, train: data.ImageDataset, foreign: bool =
     if config is not None and len(config["normalise"]["mean"]) == train.image_shape[0]:
         return Normalise(**config["normalise"])
     if foreign and train.image_shape[0] == 3:
-        return Normalise(_IMAGENET_MEAN, _IMAGENET_STD)
+        return imagenet_normalisation()
     return Normalise.of(train)
+
+
+def imagenet_normalisation() -> Normalise:
+    """What the published checkpoints of every ConvNeXt were trained with."""
+    return Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def finish(accelerator, run: Run, model: nn.Module, result: dict[str, Any]) -> None:

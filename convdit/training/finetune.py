@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import data
+from .. import checkpoints, data
+from .._checks import listed
 from . import build
 from .augment import BatchMixing, augmented
-from .common import convnext_of, device_of, finish, initial_encoder, normalisation, open_data
+from .common import convnext_of, device_of, finish, imagenet_normalisation, initial_encoder, normalisation, open_data
 from .engine import start, train
 from .evaluate import LinearProbe, accuracy, in_batches, nearest_neighbours, pooled_features
 from .optim import layer_rates
-from .options import FinetuneOptions, ProbeOptions, saved
-from .runs import Run
-from .transforms import augment
+from .options import FinetuneOptions, ProbeOptions, ValidateOptions, saved
+from .runs import Run, RunError, read_weights
+from .transforms import Normalise, augment
 
 
 def finetune(options: FinetuneOptions, out: str | Path, resume: bool = False) -> tuple[nn.Module, dict[str, Any]]:
@@ -61,8 +62,7 @@ def finetune(options: FinetuneOptions, out: str | Path, resume: bool = False) ->
         return values
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        scores, labels = in_batches(lambda x: model(normalise(x)), splits.test, accelerator.device)
-        return {"accuracy": accuracy(scores, labels), "top5_accuracy": accuracy(scores, labels, 5)}
+        return judge(model, normalise, splits.test, accelerator.device)
 
     model = train(accelerator, model, objective, training, options, run, evaluate, rate)
     result = dict(run.evaluation)
@@ -112,14 +112,50 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
     }
 
 
-def load_classifier(source: str | Path) -> tuple[nn.Module, Any, list[str]]:
-    """The model of a fine-tuning run in evaluation mode, its normalisation and its classes."""
-    from .runs import RunError, read_weights
-    from .transforms import Normalise
+def load_classifier(source: str | Path, model: str | None = None) -> tuple[nn.Module, Normalise, list[str] | None]:
+    """A classifier in evaluation mode, its normalisation and its classes.
 
+    ``source`` is a run of ``convdit finetune``, or a checkpoint of another project that has a head, of the ConvNeXt
+    named ``model``; such a one names no classes and expects pictures normalised as ImageNet's.
+
+    Raises RunError for weights that are neither, or where ``model`` is missing.
+    """
     state, config = read_weights(source)
-    if config is None or config.get("task") != "finetune":
+    if config is not None and config.get("task") == "finetune":
+        classifier = build.classifier(config["model"], len(config["classes"]))
+        classifier.load_state_dict(state)
+        return classifier.eval(), Normalise(**config["normalise"]), config["classes"]
+    if config is not None:
         raise RunError(f"{source}: not the weights of a fine-tuning run of convdit")
-    model = build.classifier(config["model"], len(config["classes"]))
-    model.load_state_dict(state)
-    return model.eval(), Normalise(**config["normalise"]), config["classes"]
+    if model is None:
+        raise RunError(f"model: expected the name of the ConvNeXt whose weights {source} holds, got none")
+    state = checkpoints.convert(state, "convdit")
+    if "head.weight" not in state:
+        raise RunError(f"{source}: these weights have no classification head")
+    config = {"name": model, "in_chans": state["downsample_layers.0.0.weight"].shape[1]}
+    classifier = build.classifier(config, state["head.weight"].shape[0])
+    classifier.load_state_dict(state)
+    if config["in_chans"] != 3:
+        raise RunError(f"{source}: expected weights for pictures of 3 channels, got {config['in_chans']}")
+    return classifier.eval(), imagenet_normalisation(), None
+
+
+def validate(source: str | Path, options: ValidateOptions) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy on the held-out pictures of ``options``, see `load_classifier`."""
+    model, normalise, classes = load_classifier(source, options.model)
+    splits = open_data(options, options.crop_ratio)
+    if classes is not None and classes != splits.train.classes:
+        raise RunError(
+            f"data: expected the classes of the weights, {listed(classes)}; got {listed(splits.train.classes)}"
+        )
+    if model.num_classes != len(splits.train.classes):
+        raise RunError(
+            f"data: expected {model.num_classes} classes, those of the head, got {len(splits.train.classes)}"
+        )
+    device = device_of(options.cpu)
+    return judge(model.to(device), normalise, splits.test, device) | {"pictures": len(splits.test)}
+
+
+def judge(model: nn.Module, normalise: Normalise, dataset: data.ImageDataset, device) -> dict[str, float]:
+    scores, labels = in_batches(lambda x: model(normalise(x)), dataset, device)
+    return {"accuracy": accuracy(scores, labels), "top5_accuracy": accuracy(scores, labels, 5)}

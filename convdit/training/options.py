@@ -191,6 +191,15 @@ class ProbeOptions(ModelOptions, DataOptions):
 
 
 @dataclass
+class ValidateOptions(DataOptions):
+    """Accuracy of a classifier on held-out pictures, cut as the papers do: a run of ours, or a foreign checkpoint."""
+
+    model: str | None = option(None, "name of the ConvNeXt, for a checkpoint that does not say")
+    crop_ratio: float | None = option(None, _CROP_RATIO)
+    cpu: bool = option(False, "stay on the CPU even where there is a GPU")
+
+
+@dataclass
 class DiTOptions(LoopOptions, DataOptions):
     """Train a class-conditional diffusion transformer, on pixels or on latents."""
 

@@ -41,9 +41,11 @@ def open_folder(out: Path, settings: dict[str, Any], name: str) -> Path:
     path, wanted = out / f"{name}.json", json.loads(json.dumps(settings))
     if path.exists():
         if read_json(path) != wanted:
-            raise RunError(f"{out}: holds a {name} with other options: remove it, or choose another --out")
+            raise RunError(
+                f"{out}: holds results of convdit {name} with other options: remove it, or choose another --out"
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: exists and is not the folder of a {name}: choose another --out")
+        raise RunError(f"{out}: exists and does not come from convdit {name}: choose another --out")
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
