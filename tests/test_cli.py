@@ -79,13 +79,26 @@ def test_probe_and_finetune_start_from_a_pretraining_run(pretrained, tmp_path, c
 
 def test_validate_repeats_the_figure_of_the_run(pretrained, tmp_path, capsys):
     tuned = tmp_path / "tuned"
-    arguments = ["--data", "digits", "--init", str(pretrained), "--steps", "2", "--ema", "0.5", "--cpu"]
+    arguments = [
+        "--data",
+        "digits",
+        "--init",
+        str(pretrained),
+        "--steps",
+        "20",
+        "--lr",
+        "0.01",
+        "--ema",
+        "0.9",
+        "--cpu",
+    ]
     assert main(["finetune", *arguments, "--out", str(tuned)]) == 0
     result = json.loads((tuned / "result.json").read_text())
     capsys.readouterr()
     assert main(["validate", str(tuned), "--data", "digits", "--cpu", "--out", str(tmp_path / "v.json")]) == 0
     found = json.loads((tmp_path / "v.json").read_text())
     assert found == {"accuracy": result["accuracy"], "top5_accuracy": result["top5_accuracy"], "pictures": 359}
+    assert result["accuracy"] != result["raw_accuracy"], "the average and the last weights cannot be told apart"
     assert "fine-tuning" in fails(capsys, "validate", pretrained, "--data", "digits")
     line = fails(capsys, "validate", tuned, "--data", write_folder(tmp_path / "pictures"), "--image-size", 32)
     assert "data: expected the classes of the weights, 0, 1" in line and "cat, dog" in line

@@ -10,7 +10,7 @@ import torch
 
 from ..flops import flops
 from . import build
-from .collapse import ENCODER, PRETRAIN
+from .collapse import PRETRAIN
 from .common import open_data
 from .finetune import finetune
 from .options import DataOptions, FinetuneOptions, ImpactOptions, PretrainOptions
@@ -26,6 +26,8 @@ WAYS = {
     "equal": "supervised, equal total compute",
     "fcmae": "FCMAE, then fine-tuned",
 }
+# Small enough for minutes on a CPU; patches of 8 pixels.
+ENCODER = {"depths": [1, 1, 4], "dims": [32, 64, 128], "stem_stride": 2}
 _BATCH = {"pretrain": 64, "finetune": 50}
 
 

@@ -225,8 +225,8 @@ class ImpactOptions:
 
     data: str = option("mnist5k", "mnist5k, digits, or a path")
     labels: int = option(200, "labelled pictures, balanced; pre-training sees all pictures, without labels")
-    repeats: int = option(3, "seeds of each figure: other labels and, from scratch, other weights")
-    pretrain_steps: int = option(600, "steps of each FCMAE pre-training")
+    repeats: int = option(2, "seeds of each figure: other labels and, from scratch, other weights")
+    pretrain_steps: int = option(400, "steps of each FCMAE pre-training")
     finetune_steps: int = option(100, "steps of each fine-tuning, and of the shorter supervised runs")
     seed: int = option(0, "first seed")
     cpu: bool = option(False, "stay on the CPU even where there is a GPU")
