@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         if trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
             command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
+            _add_recipe(command, options)
         return command
 
     demo = add("demo", _demo, "the whole mission on small real pictures, with a report")
@@ -63,8 +64,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add("pretrain", _pretrain, "FCMAE pre-training of a ConvNeXt", opt.PretrainOptions, trains=True)
     add("finetune", _finetune, "train a classifier", opt.FinetuneOptions, trains=True)
-    probe = add("probe", _probe, "linear probe of frozen features", opt.ProbeOptions)
+    probe = add("probe", _probe, "linear probe and nearest neighbours of frozen features", opt.ProbeOptions)
     probe.add_argument("--out", help="write the result to this JSON file too")
+
+    judge = add("validate", _validate, "accuracy of a classifier", opt.ValidateOptions)
+    judge.add_argument("weights", help="run folder of finetune, or another project's checkpoint with --model")
+    judge.add_argument("--out", help="write the result to this JSON file too")
+    impact = add("impact", _impact, "what FCMAE is worth to V1 and V2, at equal compute too", opt.ImpactOptions)
+    impact.add_argument("--out", default="impact-report", help="folder of the report (%(default)s)")
+    collapse = add("collapse", _collapse, "feature collapse in V1, V2, and V2 without GRN", opt.CollapseOptions)
+    collapse.add_argument("--out", default="collapse-report", help="folder of the report (%(default)s)")
 
     show = add("reconstruct", _reconstruct, "what a pre-trained FCMAE fills in", opt.DataOptions)
     show.add_argument("weights", help="run folder of pretrain, or its model.safetensors")
@@ -145,16 +154,25 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
             parser.add_argument(flag, type=inner[0], metavar=inner[0].__name__.upper(), **common)
 
 
-def _options(given: argparse.Namespace) -> Any:
-    """The options typed, over those of the run to resume, over the defaults."""
-    names = {f.name for f in fields(given.options)}
-    values = {name: value for name, value in vars(given).items() if name in names}
-    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
-        from .training.runs import read_json
+def _add_recipe(parser: argparse.ArgumentParser, options: type) -> None:
+    from .training.recipes import names
 
-        stored = read_json(Path(given.out) / "config.json").get("options", {})
-        values = {name: value for name, value in stored.items() if name in names} | values
-    return given.options(**values)
+    if names(options):
+        text = f"published settings, over which go the options typed: {', '.join(names(options))}"
+        parser.add_argument("--recipe", metavar="NAME", help=text)
+
+
+def _options(given: argparse.Namespace) -> Any:
+    """The options typed, over the recipe's, over those of the run to resume, over the defaults."""
+    from .training.recipes import filled
+    from .training.runs import read_json
+
+    names = {f.name for f in fields(given.options)}
+    typed = {name: value for name, value in vars(given).items() if name in names}
+    kept = {}
+    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
+        kept = read_json(Path(given.out) / "config.json").get("options", {})
+    return filled(given.options, typed, getattr(given, "recipe", None), kept)
 
 
 def _report(values: dict[str, Any], out: str | None = None) -> None:
@@ -193,6 +211,8 @@ def _finetune(given: argparse.Namespace) -> None:
 
     _, result = finetune(_options(given), given.out, given.resume)
     _say(f"held-out accuracy {result['accuracy']:.4f} with {result['labels']} labels")
+    if "raw_accuracy" in result:
+        _say(f"that is the moving average of the weights; the last weights themselves: {result['raw_accuracy']:.4f}")
     _say(f"weights: {given.out}/model.safetensors")
 
 
@@ -200,6 +220,24 @@ def _probe(given: argparse.Namespace) -> None:
     from .training.finetune import probe
 
     _report(probe(_options(given)), given.out)
+
+
+def _validate(given: argparse.Namespace) -> None:
+    from .training.finetune import validate
+
+    _report(validate(given.weights, _options(given)), given.out)
+
+
+def _impact(given: argparse.Namespace) -> None:
+    from .training.impact import impact
+
+    impact(_options(given), given.out)
+
+
+def _collapse(given: argparse.Namespace) -> None:
+    from .training.collapse import collapse
+
+    print("\n".join(collapse(_options(given), given.out)["verdict"]))
 
 
 def _reconstruct(given: argparse.Namespace) -> None:

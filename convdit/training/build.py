@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import models
+from ..nn import GlobalResponseNorm
 from .options import DiTOptions, ModelOptions, PretrainOptions
 
 # Three stages from full resolution: patches of 4 pixels, which pictures of 16 to 64 pixels need.
@@ -34,8 +35,8 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     return {**config, "in_chans": image_shape[0]}
 
 
-def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0) -> nn.Module:
-    return models.create(**config, num_classes=classes, drop_path_rate=drop_path)
+def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0) -> nn.Module:
+    return models.create(**config, num_classes=classes, drop_path_rate=drop_path, head_init_scale=head_scale)
 
 
 def encoder(config: dict[str, Any]) -> nn.Module:
@@ -60,6 +61,18 @@ def fcmae_config(options: PretrainOptions, image_shape: tuple[int, int, int]) ->
 
 def fcmae(config: dict[str, Any]) -> nn.Module:
     return models.FCMAE(**{**config, "encoder": encoder(config["encoder"])})
+
+
+def switch_off_grn(encoder: nn.Module) -> None:
+    """Keeps every GRN of an untrained model the identity: its parameters are zero, and stay so.
+
+    Raises ValueError for a model without GRN.
+    """
+    layers = [module for module in encoder.modules() if isinstance(module, GlobalResponseNorm)]
+    if not layers:
+        raise ValueError("grn: a ConvNeXt V1 has none to switch off")
+    for layer in layers:
+        layer.requires_grad_(False)
 
 
 def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.errors import require
 
 CONFIG, LOG, WEIGHTS, CHECKPOINTS = "config.json", "log.jsonl", "model.safetensors", "checkpoints"
+RESULT = "result.json"
 _METADATA = "convdit"
 
 
@@ -107,9 +108,13 @@ class Run:
 
     def __init__(self, out: str | Path, config: dict, resume: bool = False, main: bool = True) -> None:
         self.path, self.main = Path(out), main
+        self.evaluation: dict[str, float] = {}  # the last figures of the model in training
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         if not main:  # the main process checks and writes for all
             return
+        for name in (CONFIG, LOG, WEIGHTS, RESULT):  # of a process killed while it wrote
+            for leftover in self.path.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         exists = (self.path / CONFIG).exists()
         if exists and not resume:
             raise RunError(f"{out}: holds a run already: add --resume, or choose another --out")
