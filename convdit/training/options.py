@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 # These may change when a run resumes: the weights do not depend on them.
-FREE = ("save_every", "log_every", "workers", "cpu")
+FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu")
 AUGMENTATIONS = ("auto", "none", "shift", "crop")
 _PRECISIONS = ("no", "bf16", "fp16")
 
@@ -34,11 +35,15 @@ class ModelOptions:
 @dataclass
 class LoopOptions:
     steps: int = option(1000, "optimiser steps")
+    epochs: float | None = option(None, "passes over the training pictures, in place of steps")
     batch_size: int = option(64, "pictures a step, over all processes")
     lr: float = option(1e-3, "peak learning rate")
+    base_lr: float | None = option(None, "in place of lr: lr = base_lr x batch_size / 256")
+    min_lr: float | None = option(None, "learning rate at the end (default: a hundredth of lr)")
     weight_decay: float = option(0.05, "AdamW decay of matrices and kernels")
     beta2: float = option(0.95, "AdamW decay of the squared gradient")
     warmup: int | None = option(None, "steps of linear warm-up (default: a twentieth of all)")
+    warmup_epochs: float | None = option(None, "passes of linear warm-up, in place of warmup")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
     augment: str = option("auto", "random geometry (auto: crop for large pictures)", AUGMENTATIONS)
@@ -47,6 +52,7 @@ class LoopOptions:
     seed: int = option(0, "seed of weights, order, masks and noise")
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of log.jsonl")
+    evaluate_every: int | None = option(None, "steps between evaluations, where there are any (default: at the end)")
     workers: int = option(0, "processes that read pictures")
     cpu: bool = option(False, "stay on the CPU even where there is a GPU")
 
@@ -55,10 +61,15 @@ class LoopOptions:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("clip_grad", "weight_decay", "workers", "seed"):
-            if not getattr(self, name) >= 0:
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every: expected at least 1, got {self.evaluate_every}")
+        for name in ("clip_grad", "weight_decay", "workers", "seed", "min_lr", "warmup_epochs"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+        for name in ("epochs", "base_lr"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.epochs is None and self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup: expected 0 to {self.steps} (steps), got {self.warmup}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
@@ -77,6 +88,26 @@ class LoopOptions:
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide into {self.accumulate} part(s) on {world} process(es)"
             )
+
+    def resolved(self, pictures: int) -> LoopOptions:
+        """The same for so many training pictures, with ``steps``, ``warmup``, ``lr`` and ``min_lr`` as numbers.
+
+        Raises ValueError where the warm-up is longer than the run or the last learning rate above the peak.
+        """
+        per_epoch = pictures / self.batch_size
+        steps = self.steps if self.epochs is None else max(1, round(self.epochs * per_epoch))
+        warmup = steps // 20 if self.warmup is None else self.warmup
+        if self.warmup_epochs is not None:
+            warmup = round(self.warmup_epochs * per_epoch)
+        lr = self.lr if self.base_lr is None else self.base_lr * self.batch_size / 256
+        min_lr = lr / 100 if self.min_lr is None else self.min_lr
+        if warmup > steps:
+            name = "warmup" if self.warmup_epochs is None else "warmup_epochs"
+            raise ValueError(f"{name}: {warmup} steps of warm-up do not fit into a run of {steps}")
+        if min_lr > lr:
+            raise ValueError(f"min_lr: expected at most the peak of {lr:g}, got {min_lr:g}")
+        given = {"epochs": None, "base_lr": None, "warmup_epochs": None}
+        return replace(self, steps=steps, warmup=warmup, lr=lr, min_lr=min_lr, **given)
 
     def augmentation(self, image_size: int) -> str:
         if self.augment != "auto":

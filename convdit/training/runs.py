@@ -105,6 +105,7 @@ class Run:
 
     def __init__(self, out: str | Path, config: dict, resume: bool = False, main: bool = True) -> None:
         self.path, self.main = Path(out), main
+        self.evaluation: dict[str, float] = {}  # the last figures of the model in training
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         if not main:  # the main process checks and writes for all
             return

@@ -64,7 +64,8 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
 
 def _train_autoencoder(options: DiTOptions, dataset: data.ImageDataset, out: Path) -> Autoencoder:
     loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
-    loop = replace(loop, steps=options.autoencoder_steps, lr=2e-3, ema=0.0, weight_decay=0.0)
+    given = dict.fromkeys(("epochs", "base_lr", "min_lr", "warmup", "warmup_epochs"))
+    loop = replace(loop, steps=options.autoencoder_steps, lr=2e-3, ema=0.0, weight_decay=0.0, **given)
     accelerator = start(loop)
     model = Autoencoder(dataset.image_shape[0])
     config = {
