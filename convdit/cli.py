@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         if trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
             command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
+            _add_recipe(command, options)
         return command
 
     demo = add("demo", _demo, "the whole mission on small real pictures, with a report")
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("pretrain", _pretrain, "FCMAE pre-training of a ConvNeXt", opt.PretrainOptions, trains=True)
     add("finetune", _finetune, "train a classifier", opt.FinetuneOptions, trains=True)
-    probe = add("probe", _probe, "linear probe of frozen features", opt.ProbeOptions)
+    probe = add("probe", _probe, "linear probe and nearest neighbours of frozen features", opt.ProbeOptions)
     probe.add_argument("--out", help="write the result to this JSON file too")
 
     show = add("reconstruct", _reconstruct, "what a pre-trained FCMAE fills in", opt.DataOptions)
@@ -137,16 +138,25 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
             parser.add_argument(flag, type=inner[0], metavar=inner[0].__name__.upper(), **common)
 
 
-def _options(given: argparse.Namespace) -> Any:
-    """The options typed, over those of the run to resume, over the defaults."""
-    names = {f.name for f in fields(given.options)}
-    values = {name: value for name, value in vars(given).items() if name in names}
-    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
-        from .training.runs import read_json
+def _add_recipe(parser: argparse.ArgumentParser, options: type) -> None:
+    from .training.recipes import names
 
-        stored = read_json(Path(given.out) / "config.json").get("options", {})
-        values = {name: value for name, value in stored.items() if name in names} | values
-    return given.options(**values)
+    if names(options):
+        text = f"published settings, over which go the options typed: {', '.join(names(options))}"
+        parser.add_argument("--recipe", metavar="NAME", help=text)
+
+
+def _options(given: argparse.Namespace) -> Any:
+    """The options typed, over the recipe's, over those of the run to resume, over the defaults."""
+    from .training.recipes import filled
+    from .training.runs import read_json
+
+    names = {f.name for f in fields(given.options)}
+    typed = {name: value for name, value in vars(given).items() if name in names}
+    kept = {}
+    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
+        kept = read_json(Path(given.out) / "config.json").get("options", {})
+    return filled(given.options, typed, getattr(given, "recipe", None), kept)
 
 
 def _report(values: dict[str, Any], out: str | None = None) -> None:
@@ -185,6 +195,8 @@ def _finetune(given: argparse.Namespace) -> None:
 
     _, result = finetune(_options(given), given.out, given.resume)
     _say(f"held-out accuracy {result['accuracy']:.4f} with {result['labels']} labels")
+    if "raw_accuracy" in result:
+        _say(f"that is the moving average of the weights; the last weights themselves: {result['raw_accuracy']:.4f}")
     _say(f"weights: {given.out}/model.safetensors")
 
 

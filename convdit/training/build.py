@@ -34,8 +34,8 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     return {**config, "in_chans": image_shape[0]}
 
 
-def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0) -> nn.Module:
-    return models.create(**config, num_classes=classes, drop_path_rate=drop_path)
+def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0) -> nn.Module:
+    return models.create(**config, num_classes=classes, drop_path_rate=drop_path, head_init_scale=head_scale)
 
 
 def encoder(config: dict[str, Any]) -> nn.Module:

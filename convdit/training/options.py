@@ -6,10 +6,14 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .augment import RESIZED_CROP
+from .optim import LAYER_DECAYS
+
 # These may change when a run resumes: the weights do not depend on them.
 FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu")
-AUGMENTATIONS = ("auto", "none", "shift", "crop")
+AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 _PRECISIONS = ("no", "bf16", "fp16")
+_CROP_RATIO = "share of held-out pictures, along a side, to judge on (default: 224/256; from 384 pixels on, all)"
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -46,7 +50,10 @@ class LoopOptions:
     warmup_epochs: float | None = option(None, "passes of linear warm-up, in place of warmup")
     clip_grad: float = option(1.0, "largest norm of the gradient; 0: no limit")
     ema: float = option(0.0, "decay of the moving average of the weights; 0: none")
-    augment: str = option("auto", "random geometry (auto: crop for large pictures)", AUGMENTATIONS)
+    augment: str = option(
+        "auto", "random geometry (auto: crop for large pictures; resized_crop: timm's, as published)", AUGMENTATIONS
+    )
+    crop_scale: float = option(0.08, "smallest share of the area of a resized crop")
     accumulate: int = option(1, "parts in which a batch is computed, to save memory")
     mixed_precision: str | None = option(None, "of the forward pass (default: as accelerate launch says)", _PRECISIONS)
     seed: int = option(0, "seed of weights, order, masks and noise")
@@ -73,6 +80,8 @@ class LoopOptions:
             raise ValueError(f"warmup: expected 0 to {self.steps} (steps), got {self.warmup}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale: expected 0 < crop_scale <= 1, got {self.crop_scale}")
         for name in ("ema", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
@@ -140,17 +149,41 @@ class FinetuneOptions(LoopOptions, ModelOptions, DataOptions):
     labels: int | None = option(None, "use only so many labelled pictures, balanced (default: all)")
     label_seed: int = option(0, "which pictures those are")
     drop_path: float = option(0.0, "rate of stochastic depth")
+    head_init_scale: float = option(1.0, "multiplies the first weights of the head")
+    layer_decay: float = option(1.0, "factor of the learning rate from a layer to the one below it")
+    layer_decay_type: str = option("single", "what a layer is, as the official code numbers them", LAYER_DECAYS)
     label_smoothing: float = option(0.1, "label smoothing")
+    mixup: float = option(0.0, "mixup, parameter of its beta distribution; 0: none")
+    cutmix: float = option(0.0, "CutMix, parameter of its beta distribution; 0: none")
+    random_erasing: float = option(0.0, "share of pictures of which a rectangle becomes noise")
+    randaug: str | None = option(None, "timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1")
+    crop_ratio: float | None = option(None, _CROP_RATIO)
     steps: int = option(500, "optimiser steps")
+
+    def check(self, world: int = 1) -> None:
+        super().check(world)
+        for name in ("mixup", "cutmix", "head_init_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("label_smoothing", "random_erasing", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected 0 < layer_decay <= 1, got {self.layer_decay}")
+        part = self.batch_size // (self.accumulate * world)
+        if (self.mixup or self.cutmix) and part % 2:
+            raise ValueError(f"batch_size: mixup and CutMix need an even number of pictures in a part, got {part}")
 
 
 @dataclass
 class ProbeOptions(ModelOptions, DataOptions):
-    """Fit a linear classifier on the frozen features of an encoder."""
+    """Judge the frozen features of an encoder: by a linear classifier, and by nearest neighbours."""
 
     init: str | None = option(None, "run folder or checkpoint (default: random weights)")
     labels: int | None = option(None, "use only so many labelled pictures, balanced (default: all)")
     label_seed: int = option(0, "which pictures those are")
+    neighbours: int = option(20, "of the k-nearest-neighbour classifier")
+    crop_ratio: float | None = option(None, _CROP_RATIO)
     penalty: float = option(1e-3, "weight of the squared norm of the classifier")
     seed: int = option(0, "seed of random weights")
     cpu: bool = option(False, "stay on the CPU even where there is a GPU")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.errors import require
 
 CONFIG, LOG, WEIGHTS, CHECKPOINTS = "config.json", "log.jsonl", "model.safetensors", "checkpoints"
+RESULT = "result.json"
 _METADATA = "convdit"
 
 
@@ -109,6 +110,9 @@ class Run:
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         if not main:  # the main process checks and writes for all
             return
+        for name in (CONFIG, LOG, WEIGHTS, RESULT):  # of a process killed while it wrote
+            for leftover in self.path.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         exists = (self.path / CONFIG).exists()
         if exists and not resume:
             raise RunError(f"{out}: holds a run already: add --resume, or choose another --out")

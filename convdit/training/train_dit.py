@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import data
 from ..diffusion import GaussianDiffusion
 from . import build
+from .augment import augmented
 from .autoencoder import Autoencoder
 from .common import finish, open_data
 from .engine import start, train
@@ -57,7 +58,8 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
         losses = diffusion.training_losses(model, x, t, y=labels)
         return {name: value.mean() for name, value in losses.items()}
 
-    model = train(accelerator, model, objective, splits.train, options, run)
+    training = augmented(splits.train, kind, options.crop_scale)
+    model = train(accelerator, model, objective, training, options, run)
     finish(accelerator, run, model, {})
     return PictureMaker(model, autoencoder, run.config)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convdit import data, models
-from convdit.training.evaluate import LinearProbe, accuracy, frechet_distance
+from convdit.training.evaluate import LinearProbe, accuracy, frechet_distance, nearest_neighbours
 from convdit.training.optim import adamw, layer_rates, moving_average, parameter_groups, warmup_cosine
 from convdit.training.options import LoopOptions
 from convdit.training.order import BatchOrder, batches
@@ -166,6 +166,27 @@ def test_linear_probe_reaches_the_optimum_on_separable_features():
     features = torch.nn.functional.one_hot(labels, 3) * 4 + torch.randn(300, 3)
     probe = LinearProbe(features[:200], labels[:200], 3)
     assert accuracy(probe(features[200:]), labels[200:]) > 0.95
+
+
+def test_nearest_neighbours_vote_by_cosine():
+    torch.manual_seed(0)
+    known, labels = torch.randn(30, 4), torch.arange(30) % 3
+    features = torch.randn(5, 4)
+    votes = nearest_neighbours(features, known, labels, 3, neighbours=7)
+    for feature, row in zip(features, votes, strict=True):
+        likeness = torch.nn.functional.cosine_similarity(feature[None], known)
+        expected = torch.zeros(3)
+        for i in likeness.argsort(descending=True)[:7].tolist():
+            expected[labels[i]] += math.exp(likeness[i] / 0.07)
+        torch.testing.assert_close(row, expected)
+    assert nearest_neighbours(features, known[:2], labels[:2], 3).shape == (5, 3)
+
+
+def test_accuracy_among_the_best_counts_labels_that_are_near_the_top():
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    assert accuracy(scores, torch.tensor([1, 2])) == 0.0
+    assert accuracy(scores, torch.tensor([1, 2]), 2) == 0.5
+    assert accuracy(scores, torch.tensor([1, 2]), 5) == 1.0
 
 
 def test_normalisation_standardises_and_inverts():
