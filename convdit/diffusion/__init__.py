@@ -1,5 +1,6 @@
-"""Gaussian diffusion: noise schedules, training losses and samplers."""
+"""Diffusion processes: noise schedules, training losses and samplers."""
 
+from convdit.diffusion.flow import RectifiedFlow
 from convdit.diffusion.gaussian import GaussianDiffusion
 
-__all__ = ["GaussianDiffusion"]
+__all__ = ["GaussianDiffusion", "RectifiedFlow"]

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from convdit.diffusion import samplers
+from convdit.diffusion._checks import check_training, error_by_sample, mean_by_sample
 from convdit.diffusion.likelihood import discretized_log_likelihood, normal_kl
 from convdit.diffusion.schedules import Schedule, betas, respaced_timesteps
 
@@ -20,7 +19,8 @@ class GaussianDiffusion:
     that are used: None for all, "250", "10,20,30" or "ddim50", as in the public ADM and DiT code.
     With `learn_sigma` the model returns twice as many channels as it takes, the second half
     placing the variance between its two bounds (Nichol and Dhariwal 2021, equation 15); without,
-    the variance is the larger bound, beta.
+    the variance is the larger bound, beta. `min_snr_gamma` weights the error of the noise by
+    min(SNR, gamma) / SNR (Hang et al. 2023; they use 5); None, as published for DiT, by 1.
 
     The model is called as `model(x, t, **model_kwargs)` with x (N, C, ...) and the original
     timesteps t (N,), those of `timesteps`. Everywhere else t is an index into `timesteps`.
@@ -33,10 +33,15 @@ class GaussianDiffusion:
         schedule: str = "linear",
         respacing: str | int | None = None,
         learn_sigma: bool = True,
+        min_snr_gamma: float | None = None,
     ) -> None:
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma: expected None or a number above 0, got {min_snr_gamma!r}")
         self.base_betas = betas(schedule, steps)
         self.schedule = Schedule(self.base_betas, respaced_timesteps(steps, respacing))
         self.learn_sigma = learn_sigma
+        self.min_snr_gamma = min_snr_gamma
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def timesteps(self) -> list[int]:
@@ -48,37 +53,44 @@ class GaussianDiffusion:
         """How many steps a sampler takes."""
         return len(self.timesteps)
 
-    def table(self, values: np.ndarray, t: Tensor, x: Tensor) -> Tensor:
-        """Entries t (N,) of one of the schedule's tables, shaped to multiply x (N, ...)."""
-        entries = torch.from_numpy(values).to(device=x.device, dtype=x.dtype)[t]
+    def draw_timesteps(
+        self, n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Indices (n,) for `training_losses`, each step as likely as another."""
+        return torch.randint(self.num_timesteps, (n,), device=device, generator=generator)
+
+    def table(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        """Entries t (N,) of the schedule's table of that name, shaped to multiply x (N, ...)."""
+        entries = self._stored(name, x.device, x.dtype).index_select(0, t)
         return entries.view(-1, *[1] * (x.ndim - 1))
+
+    def _stored(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A table on a device, copied there once: a copy at every step would wait for the GPU."""
+        key = (name, device, dtype)
+        if key not in self._tables:
+            table = torch.as_tensor(getattr(self.schedule, name)).to(device=device, dtype=dtype)
+            if type(table) is not Tensor:  # one without values, of a trace
+                return table
+            self._tables[key] = table
+        return self._tables[key]
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t, that is x0 (N, C, ...) with noise added up to step t (N,)."""
-        level = self.schedule.alphas_cumprod
-        share, rest = self.table(np.sqrt(level), t, x0), self.table(np.sqrt(1 - level), t, x0)
-        return share * x0 + rest * noise
+        return self.table("data_scale", t, x0) * x0 + self.table("noise_scale", t, x0) * noise
 
     def predict_x0(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The x0 that `q_sample` would have turned into x with this noise."""
-        level = self.schedule.alphas_cumprod
-        whole, rest = self.table(np.sqrt(1 / level), t, x), self.table(np.sqrt(1 / level - 1), t, x)
-        return whole * x - rest * noise
+        return self.table("inverse_data_scale", t, x) * x - self.table("noise_ratio", t, x) * noise
 
     def posterior_mean(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The mean of q(x_{t-1} | x_t, x_0)."""
-        s = self.schedule
-        return self.table(s.posterior_x0, t, x) * x0 + self.table(s.posterior_xt, t, x) * x
+        return self.table("posterior_x0", t, x) * x0 + self.table("posterior_xt", t, x) * x
 
     def log_variance(self, sigma: Tensor | None, t: Tensor, x: Tensor) -> Tensor:
         """The log variance of a step down from t, placed by the model in -1..1."""
-        s = self.schedule
         if sigma is None:
-            # The upper bound, except at the first step, whose variance is not that of noise.
-            fixed = np.append(np.exp(s.posterior_log_variance[:1]), s.betas[1:])
-            return self.table(np.log(fixed), t, x)
-        low = self.table(s.posterior_log_variance, t, x)
-        high = self.table(np.log(s.betas), t, x)
+            return self.table("fixed_log_variance", t, x)
+        low, high = self.table("posterior_log_variance", t, x), self.table("log_betas", t, x)
         share = (sigma + 1) / 2
         return share * high + (1 - share) * low
 
@@ -86,7 +98,7 @@ class GaussianDiffusion:
         self, model: Callable[..., Tensor], x: Tensor, t: Tensor, **model_kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """Calls the model: the noise in x and the place of its variance, or None."""
-        original = torch.tensor(self.timesteps, device=x.device)[t]
+        original = self._stored("timesteps", x.device, torch.int64).index_select(0, t)
         return self.split(model(x, original, **model_kwargs), x)
 
     def split(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -111,21 +123,28 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Losses by sample, each (N,): "loss", and the "mse" and "vb" that it is the sum of.
 
+        With `min_snr_gamma` the sum holds the weighted "mse"; the one that is returned is not.
+
         x0 is (N, C, ...), 8-bit pictures scaled to -1..1 or latents; t (N,) holds indices into
         `timesteps`; noise, drawn unless given, has the shape of x0. "mse" is the error of the
         predicted noise, "vb" the variational bound in bits per dimension, which trains the variance
         alone: its mean is detached. "vb" is 0 where the variance is not learned.
         """
-        _check_training(x0, t, noise, self.num_timesteps)
+        check_training("x0", x0, t, noise)
+        _check_indices(t, self.num_timesteps)
         x0 = samplers.full_precision(x0)
         noise = torch.randn_like(x0) if noise is None else noise.to(x0.dtype)
         x = self.q_sample(x0, t, noise)
         predicted, sigma = self.predict(model, x, t, **model_kwargs)
-        mse = _mean((noise - predicted) ** 2)
+        mse = error_by_sample(predicted, noise)
         vb = torch.zeros_like(mse)
         if sigma is not None:
             vb = self.variational_bound(x0, x, t, predicted.detach(), sigma)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        weighted = mse
+        if self.min_snr_gamma is not None:
+            snr = self._stored("snr", x.device, x.dtype).index_select(0, t)
+            weighted = mse * snr.clamp(max=self.min_snr_gamma) / snr
+        return {"loss": weighted + vb, "mse": mse, "vb": vb}
 
     def variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, noise: Tensor, sigma: Tensor | None) -> Tensor:
         """The bound's term of step t for each sample, (N,), in bits per dimension.
@@ -136,9 +155,9 @@ class GaussianDiffusion:
         mean = self.posterior_mean(self.predict_x0(x, t, noise), x, t)
         log_variance = self.log_variance(sigma, t, x)
         true_mean = self.posterior_mean(x0, x, t)
-        true_log_variance = self.table(self.schedule.posterior_log_variance, t, x)
-        kl = _mean(normal_kl(true_mean, true_log_variance, mean, log_variance))
-        likelihood = _mean(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
+        true_log_variance = self.table("posterior_log_variance", t, x)
+        kl = mean_by_sample(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        likelihood = mean_by_sample(discretized_log_likelihood(x0, mean, 0.5 * log_variance))
         return torch.where(t == 0, -likelihood, kl) / math.log(2)
 
     @torch.no_grad()
@@ -183,8 +202,15 @@ class GaussianDiffusion:
             raise ValueError(
                 "clip_denoised: expected False for a diffusers scheduler, which is told so when it is made, got True"
             )
-        call = partial(model, **model_kwargs)
-        return samplers.scheduled(self, call, x, sampler, eta, generator, progress)
+        samplers.check_scheduler(self, sampler)
+        variance_too = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:  # t are original timesteps, of the scheduler's choice
+            out = model(x, t, **model_kwargs)
+            noise, _ = self.split(out, x)
+            return out.to(x.dtype) if variance_too else noise
+
+        return samplers.scheduled(self.num_timesteps, predict, x, sampler, eta, generator, progress)
 
     @torch.no_grad()
     def invert(
@@ -209,19 +235,9 @@ class GaussianDiffusion:
         return samplers.ddim_inverse(self, denoise, x0, refinements, progress)
 
 
-def _check_training(x0: Tensor, t: Tensor, noise: Tensor | None, steps: int) -> None:
-    if not x0.is_floating_point():
-        raise TypeError(f"x0: expected a floating dtype, got {x0.dtype}")
+def _check_indices(t: Tensor, steps: int) -> None:
     if t.is_floating_point() or t.dtype == torch.bool:
         raise TypeError(f"t: expected whole step indices, got {t.dtype}")
-    if tuple(t.shape) != (len(x0),):
-        raise ValueError(f"t: expected shape (N,) = ({len(x0)},), got {tuple(t.shape)}")
-    if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < steps:
+    # On a GPU looking would wait for it; there index_select stops what is out of range.
+    if t.numel() and t.device.type == "cpu" and not 0 <= int(t.min()) <= int(t.max()) < steps:
         raise ValueError(f"t: expected steps in 0..{steps - 1}, got {int(t.min())}..{int(t.max())}")
-    if noise is not None and noise.shape != x0.shape:
-        raise ValueError(f"noise: expected shape {tuple(x0.shape)} like x0, got {tuple(noise.shape)}")
-
-
-def _mean(x: Tensor) -> Tensor:
-    """The mean of each sample: (N, ...) to (N,)."""
-    return x.flatten(1).mean(1)

@@ -81,43 +81,44 @@ def ddim_inverse(d: "GaussianDiffusion", denoise: Denoise, x: Tensor, refinement
 
 
 def scheduled(
-    d: "GaussianDiffusion",
-    model: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    predict: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     scheduler,
     eta: float,
     generator: torch.Generator | None,
     progress: bool,
 ) -> Tensor:
-    """Sampling by a scheduler of the diffusers library, over as many steps as `d` keeps.
+    """Sampling by a scheduler of the diffusers library, over `steps` steps.
 
-    `model(x, t)` takes original timesteps here: the scheduler chooses its own.
+    `predict(x, t)` gives what the scheduler steps by, at timesteps t (N,) of its own choice.
     """
-    _check_scheduler(d, scheduler)
-    variance_too = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
     accepted = inspect.signature(scheduler.step).parameters
     options = {"generator": generator, "eta": eta}
     options = {name: value for name, value in options.items() if name in accepted}
     if eta and "eta" not in options:
         raise ValueError(f"eta: expected 0 for {type(scheduler).__name__}, which has none, got {eta}")
-    scheduler.set_timesteps(d.num_timesteps, device=x.device)
-    x = x * scheduler.init_noise_sigma
+    scheduler.set_timesteps(steps, device=x.device)
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in shown(scheduler.timesteps, len(scheduler.timesteps), progress):
-        scaled = scheduler.scale_model_input(x, t)
-        out = model(scaled, t.expand(len(x)))
-        noise, _ = d.split(out, x)
-        x = scheduler.step(out if variance_too else noise, t, x, **options).prev_sample
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(predict(scaled, t.expand(len(x))), t, x, **options).prev_sample
     return x
 
 
-def _check_scheduler(d: "GaussianDiffusion", scheduler) -> None:
+def check_scheduler(d: "GaussianDiffusion", scheduler) -> None:
+    """Raises ValueError for a scheduler of another process than that of `d`."""
     name = type(scheduler).__name__
     kind = getattr(scheduler.config, "prediction_type", None)
     if kind != "epsilon":
         raise ValueError(f"sampler: expected a {name} with prediction_type 'epsilon', got {kind!r}")
+    if "Inverse" in name:
+        raise ValueError(f"sampler: expected a scheduler from noise to data (invert goes the other way), got {name}")
     theirs = getattr(scheduler, "alphas_cumprod", None)
+    if theirs is None:
+        raise ValueError(f"sampler: expected a scheduler of a noise schedule (with alphas_cumprod), got {name}")
     ours = np.cumprod(1 - d.base_betas)
-    if theirs is not None and (len(theirs) != len(ours) or not np.allclose(np.asarray(theirs), ours, rtol=1e-3)):
+    if len(theirs) != len(ours) or not np.allclose(np.asarray(theirs), ours, rtol=1e-3):
         raise ValueError(
             f"sampler: {name} was made for another noise schedule than this diffusion: give it the same "
             "num_train_timesteps, beta_schedule, beta_start and beta_end"

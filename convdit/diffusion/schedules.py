@@ -90,8 +90,12 @@ class Schedule:
     """The tables of a diffusion process over `timesteps`, a choice of the steps of `betas`.
 
     All are float64 arrays (len(timesteps),), by index of the kept step. `alphas_cumprod` is the
-    alpha-bar of Ho et al. 2020; `posterior_*` belong to q(x_{t-1} | x_t, x_0), their equations 6
-    and 7: its variance, the variance's logarithm, and the weights of x_0 and x_t in its mean.
+    alpha-bar of Ho et al. 2020; `data_scale` and `noise_scale` are the shares of data and noise in
+    x_t, `inverse_data_scale` and `noise_ratio` take x_t and its noise to x_0; `posterior_*` belong
+    to q(x_{t-1} | x_t, x_0), their equations 6 and 7: its variance, the variance's logarithm, and
+    the weights of x_0 and x_t in its mean. `fixed_log_variance` is that of a model that learns
+    none: beta, but at the first step, whose variance is not that of noise. `snr` is the
+    signal-to-noise ratio, alpha-bar / (1 - alpha-bar).
     """
 
     def __init__(self, all_betas: np.ndarray, timesteps: list[int]) -> None:
@@ -102,10 +106,17 @@ class Schedule:
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         noise = 1 - self.alphas_cumprod
+        self.snr = self.alphas_cumprod / noise
+        self.data_scale = np.sqrt(self.alphas_cumprod)
+        self.noise_scale = np.sqrt(noise)
+        self.inverse_data_scale = np.sqrt(1 / self.alphas_cumprod)
+        self.noise_ratio = np.sqrt(1 / self.alphas_cumprod - 1)
         self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / noise
         # The variance is 0 at the first step, where its logarithm takes the value of the second.
         self.posterior_log_variance = np.log(
             np.append(self.posterior_variance[1:2], self.posterior_variance[1:]) if len(timesteps) > 1 else self.betas
         )
+        self.log_betas = np.log(self.betas)
+        self.fixed_log_variance = np.append(self.posterior_log_variance[:1], self.log_betas[1:])
         self.posterior_x0 = self.betas * np.sqrt(self.alphas_cumprod_prev) / noise
         self.posterior_xt = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - self.betas) / noise

@@ -41,12 +41,12 @@ class ResidualStream(NamedTuple):
             return self.x + self.branch
         return ops.gated_residual(self.x, self.branch, self.gate)
 
-    def norm_modulate(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
         """`(total, LN(total) * (1 + scale) + shift)`: the start of the next branch."""
         if self.gate is None:
             x = self.total()
-            return x, ops.layer_norm_modulate(x, shift, scale, EPS)
-        return ops.gated_residual_layer_norm_modulate(self.x, self.branch, self.gate, shift, scale, EPS)
+            return x, ops.layer_norm_modulate(x, shift, scale, eps)
+        return ops.gated_residual_layer_norm_modulate(self.x, self.branch, self.gate, shift, scale, eps)
 
 
 class Attention(nn.Module):
@@ -104,6 +104,8 @@ class DiTBlock(nn.Module):
     - "adaln": the same without gates;
     - "cross_attention": attention over the tokens c (B, S, D), between self-attention and MLP;
     - "in_context": not at all; the condition is among the tokens of x.
+
+    `mlp_eps` is that of the LayerNorm before the MLP; all others have 1e-6.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class DiTBlock(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         conditioning: str = "adaln_zero",
+        mlp_eps: float = EPS,
     ) -> None:
         super().__init__()
         if conditioning not in MODULATION_ROWS:
@@ -127,6 +130,7 @@ class DiTBlock(nn.Module):
             raise ValueError(f"mlp_ratio: expected one that leaves a width of at least 1, got {mlp_ratio}")
         self.conditioning = conditioning
         self.hidden_size = hidden_size
+        self.mlp_eps = mlp_eps
         rows = MODULATION_ROWS[conditioning]
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, width)
@@ -135,7 +139,7 @@ class DiTBlock(nn.Module):
             self.zero_modulation()
             return
         self.norm1 = nn.LayerNorm(hidden_size, eps=EPS)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=EPS)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=mlp_eps)
         if conditioning == "cross_attention":
             self.norm_cross = nn.LayerNorm(hidden_size, eps=EPS)
             self.cross_attn = CrossAttention(hidden_size, num_heads)
@@ -182,7 +186,7 @@ class DiTBlock(nn.Module):
             shift1, scale1, shift2, scale2 = modulation.unbind(1)
             gate1 = gate2 = None
         x, normed = stream.norm_modulate(shift1, scale1)
-        x, normed = ResidualStream(x, self.attn(normed), gate1).norm_modulate(shift2, scale2)
+        x, normed = ResidualStream(x, self.attn(normed), gate1).norm_modulate(shift2, scale2, self.mlp_eps)
         return ResidualStream(x, self.mlp(normed), gate2)
 
     def _plain(self, stream: ResidualStream, tokens: Tensor | None, mask: Tensor | None) -> ResidualStream:

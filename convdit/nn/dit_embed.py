@@ -45,23 +45,28 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (N,), whole or fractional, to vectors (N, D): an MLP of [cos | sin] features."""
+    """Timesteps (N,), whole or fractional, to vectors (N, D): an MLP of [cos | sin] features.
 
-    def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
+    The `frequency_shift` of diffusers, 1, spaces the frequencies a little wider.
+    """
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256, frequency_shift: int = 0) -> None:
         super().__init__()
         self.frequency_size = frequency_size
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     @staticmethod
-    def features(t: Tensor, size: int, max_period: float = 10000.0) -> Tensor:
-        """(N, size) float32: cos, then sin, of t * max_period^(-i / (size / 2))."""
+    def features(t: Tensor, size: int, max_period: float = 10000.0, shift: int = 0) -> Tensor:
+        """(N, size) float32: cos, then sin, of t * max_period^(-i / (size / 2 - shift))."""
         half = size // 2
         i = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(-math.log(max_period) * i / half)
+        angles = t[:, None].float() * torch.exp(-math.log(max_period) * i / (half - shift))
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t, self.frequency_size).to(self.mlp[0].weight.dtype))
+        features = self.features(t, self.frequency_size, shift=self.frequency_shift)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -82,6 +87,11 @@ class LabelEmbedder(nn.Module):
             labels = torch.where(drop, self.num_classes, labels)
         return self.lookup(labels)
 
+    @property
+    def null(self) -> Tensor:
+        """The row (D,) of the null class."""
+        return self.embedding_table.weight[self.num_classes]
+
     def lookup(self, labels: Tensor) -> Tensor:
         """The rows of these labels, none dropped. Raises ValueError for a label without a row."""
         try:
@@ -89,6 +99,41 @@ class LabelEmbedder(nn.Module):
         except IndexError as error:
             last = self.embedding_table.num_embeddings - 1
             raise ValueError(f"y: expected labels in 0..{last}, got {labels.tolist()}") from error
+
+
+class ContextEmbedder(nn.Module):
+    """Sequences of embeddings (N, S, E), such as a text encoder's, to tokens (N, S, D).
+
+    In training a sequence is dropped with the probability `dropout_prob`: a learned `null` (D,),
+    which exists only where sequences are ever dropped, is then all that the model is told.
+    """
+
+    def __init__(self, context_dim: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.dropout_prob = dropout_prob
+        self.proj = nn.Linear(context_dim, hidden_size)
+        if dropout_prob > 0:
+            self.null = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The tokens and their mask (N, S), True = attend; None where all count."""
+        tokens = self.proj(context)
+        if not self.training or self.dropout_prob == 0:
+            return tokens, mask
+        drop = torch.rand(len(tokens), device=tokens.device) < self.dropout_prob
+        empty, only_first = null_tokens(self.null, tokens)
+        kept = torch.ones_like(only_first) if mask is None else mask
+        return torch.where(drop[:, None, None], empty, tokens), torch.where(drop[:, None], only_first, kept)
+
+
+def null_tokens(null: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of the shape of `tokens` (N, S, D) and a mask (N, S) that together say `null` (D,) once.
+
+    So the null condition is the same for sequences of every length.
+    """
+    mask = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    mask[:, 0] = True
+    return null.to(tokens.dtype).expand_as(tokens), mask
 
 
 class FinalLayer(nn.Module):

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convdit.diffusion import GaussianDiffusion
 from convdit.diffusion.likelihood import discretized_log_likelihood, normal_kl
@@ -152,6 +154,55 @@ def test_half_precision_losses_are_computed_in_float32():
     for name in ("loss", "mse", "vb"):
         assert half[name].dtype == torch.float32
         assert torch.equal(half[name], full[name])
+
+
+def test_min_snr_weights_the_error_by_the_clipped_ratio_and_is_off_by_default():
+    x0, noise = torch.randn(2, 4, 3, 4, 4)
+    out, t = torch.randn(4, 6, 4, 4), torch.tensor([0, 100, 400, 999])
+    plain = GaussianDiffusion().training_losses(fixed(out), x0, t, noise)
+    weighted = GaussianDiffusion(min_snr_gamma=5).training_losses(fixed(out), x0, t, noise)
+    level = torch.tensor((1 - GaussianDiffusion().base_betas).cumprod())[t].float()
+    snr = level / (1 - level)
+    assert (snr > 5).any() and (snr < 5).any()
+    expected = plain["mse"] * torch.minimum(snr, torch.tensor(5.0)) / snr + plain["vb"]
+    torch.testing.assert_close(weighted["loss"], expected)
+    assert torch.equal(weighted["mse"], plain["mse"]) and torch.equal(weighted["vb"], plain["vb"])
+    with pytest.raises(ValueError, match="min_snr_gamma: expected None or a number above 0, got 0"):
+        GaussianDiffusion(min_snr_gamma=0)
+
+
+def test_training_looks_at_no_value_and_copies_the_tables_to_the_device_once():
+    """On the meta device a look at a value raises; on a GPU it would wait for all work in flight."""
+
+    class Copies(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, op, types, arguments=(), options=None):
+            self.seen += op in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+            return op(*arguments, **(options or {}))
+
+    d = GaussianDiffusion(min_snr_gamma=5)
+    x0, t = torch.zeros(2, 3, 4, 4, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    out = torch.zeros(2, 6, 4, 4, device="meta")
+    with Copies() as first:
+        d.training_losses(fixed(out), x0, t)
+    with Copies() as second:
+        d.training_losses(fixed(out), x0, t)
+    assert first.seen > 0 and second.seen == 0
+
+
+def test_tables_made_while_tracing_or_sampling_serve_a_training_step():
+    d = GaussianDiffusion()
+    x0, noise, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([3, 700])
+    out = torch.randn(2, 6, 4, 4, requires_grad=True)
+    with FakeTensorMode():
+        d.q_sample(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long), torch.zeros(2, 3, 4, 4))
+    with torch.inference_mode():
+        d.training_losses(fixed(out), x0, t, noise)
+    losses = d.training_losses(fixed(out), x0, t, noise)
+    losses["loss"].sum().backward()
+    fresh = GaussianDiffusion().training_losses(fixed(out), x0, t, noise)
+    assert torch.equal(losses["loss"], fresh["loss"])
 
 
 X0 = torch.zeros(2, 3, 4, 4)

@@ -158,7 +158,24 @@ def test_ddpm_equals_the_ddpm_of_diffusers():
 
 @pytest.mark.parametrize(
     "name",
-    ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"],
+    [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",  # DPM-Solver++, by default
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "SASolverScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    ],
 )
 def test_scheduler_of_diffusers_leads_to_the_picture(name):
     d = GaussianDiffusion(respacing="20")
@@ -170,6 +187,7 @@ def test_scheduler_of_diffusers_leads_to_the_picture(name):
     scheduler = linear_scheduler(name)
     x = d.sample(model, (2, 3, 4, 4), scheduler, generator=seeded())
     torch.testing.assert_close(x, PICTURE.expand(2, 3, 4, 4), rtol=0, atol=0.05)
+    assert torch.equal(d.sample(model, (2, 3, 4, 4), scheduler, generator=seeded()), x)
 
 
 def test_clipping_keeps_the_estimate_between_the_darkest_and_the_brightest():
@@ -229,9 +247,16 @@ def test_wrong_request_is_named(options, message):
         ("DDIMScheduler", {"beta_schedule": "scaled_linear"}, "another noise schedule"),
         ("DDIMScheduler", {"num_train_timesteps": 500}, "another noise schedule"),
         ("DDIMScheduler", {"prediction_type": "v_prediction"}, "prediction_type 'epsilon', got 'v_pred"),
+        ("DDIMInverseScheduler", {}, "from noise to data"),
+        ("EDMEulerScheduler", None, "with alphas_cumprod"),
+        ("FlowMatchEulerDiscreteScheduler", None, "prediction_type 'epsilon', got None"),
     ],
 )
 def test_scheduler_that_does_not_fit_is_named(name, options, message):
     d = GaussianDiffusion(respacing="3")
+    if options is None:  # one that knows no betas
+        scheduler = getattr(pytest.importorskip("diffusers"), name)()
+    else:
+        scheduler = linear_scheduler(name, **options)
     with pytest.raises(ValueError, match=message):
-        d.sample(Toy(d), (1, 3, 4, 4), linear_scheduler(name, **options))
+        d.sample(Toy(d), (1, 3, 4, 4), scheduler)

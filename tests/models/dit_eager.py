@@ -76,8 +76,8 @@ def position_table(width, rows, columns):
     return table.reshape(1, rows * columns, width).float()
 
 
-def model(state, x, t, y, heads, conditioning="adaln_zero"):
-    """The whole network in the dtype of the state; y are labels (N,) or None."""
+def model(state, x, t, y, heads, conditioning="adaln_zero", mask=None):
+    """The whole network in the dtype of the state; y are labels (N,), a text (N, S, E), or None."""
     weight = state["x_embedder.proj.weight"]
     width, channels, p, _ = weight.shape
     n, _, height, columns = x.shape
@@ -89,15 +89,19 @@ def model(state, x, t, y, heads, conditioning="adaln_zero"):
     angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128).float() / 128)
     time = torch.cat([angles.cos(), angles.sin()], -1).to(weight.dtype)
     time = linear(state, "t_embedder.mlp.2", F.silu(linear(state, "t_embedder.mlp.0", time)))
-    parts = [time] if y is None else [time, state["y_embedder.embedding_table.weight"][y]]
-
-    c = sum(parts) if conditioning.startswith("adaln") else torch.stack(parts, 1)
+    if y is not None and y.ndim == 3:
+        c = torch.cat([time[:, None], linear(state, "y_embedder.proj", y)], 1)
+    else:
+        parts = [time] if y is None else [time, state["y_embedder.embedding_table.weight"][y]]
+        c = sum(parts) if conditioning.startswith("adaln") else torch.stack(parts, 1)
+    if mask is not None:
+        mask = torch.cat([torch.ones(n, 1, dtype=torch.bool), mask], 1)
     count = tokens.shape[1]
     if conditioning == "in_context":
         tokens = torch.cat([tokens, c], 1)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     for i in range(depth):
-        tokens = block(state, f"blocks.{i}.", tokens, c, heads, conditioning)
+        tokens = block(state, f"blocks.{i}.", tokens, c, heads, conditioning, mask)
     tokens = tokens[:, :count]
     if conditioning.startswith("adaln"):
         shift, scale = linear(state, "final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, -1)

@@ -59,6 +59,20 @@ def test_model_and_its_gradients_equal_the_plain_restatement(conditioning):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("conditioning", "options"),
+    [(name, {}) for name in CONDITIONINGS]
+    + [("adaln_zero", {"input_size": 64, "in_channels": 4}), ("adaln_zero", {"num_classes": 0, "learn_sigma": False})],
+)
+@torch.no_grad()
+def test_float32_is_within_1e_5_of_the_plain_restatement(conditioning, options):
+    model = small(conditioning=conditioning, **options)
+    x, t, y = inputs(model)
+    y = y if model.num_classes else None
+    exact = dit_eager.model(copy.deepcopy(model).double().state_dict(), x.double(), t, y, 3, conditioning)
+    assert (model(x, t, y) - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_plain_half_precision(dtype):
     model = small(hidden_size=48)
@@ -95,12 +109,14 @@ def test_compiled_step_equals_eager_step():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_equals_diffusers_with_the_timestep_frequencies_of_the_paper():
+@pytest.mark.parametrize("constants", ["official", "diffusers"])
+def test_equals_diffusers_with_the_constants_of_the_paper_or_with_its_own(constants):
     diffusers = pytest.importorskip("diffusers")
-    ours = small(input_size=8, in_channels=4)
+    ours = small(input_size=8, in_channels=4, constants=constants)
     theirs = diffusers.DiTTransformer2DModel(
         num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=7, norm_eps=1e-6,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=7,
+        **({"norm_eps": 1e-6} if constants == "official" else {}),
     )  # fmt: skip
     state = ours.state_dict()
     mapped = {}
@@ -126,11 +142,21 @@ def test_equals_diffusers_with_the_timestep_frequencies_of_the_paper():
         give(there + "ff.net.2", here + "mlp.fc2")
     theirs.load_state_dict(mapped)
     theirs.eval()
-    for block in theirs.transformer_blocks:  # diffusers spaces the frequencies by half - 1
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    if constants == "official":
+        for block in theirs.transformer_blocks:  # diffusers spaces the frequencies by half - 1
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
     x, t, y = inputs(ours)
+    # Before the first MLP a stream of little variance, where the eps of the LayerNorm counts.
+    ours.pos_embed.zero_(), theirs.pos_embed.pos_embed.zero_()
+    for part in (
+        ours.x_embedder, ours.blocks[0].attn.proj,
+        theirs.pos_embed.proj, theirs.transformer_blocks[0].attn1.to_out[0],
+    ):  # fmt: skip
+        for parameter in part.parameters():
+            parameter.data.mul_(1e-3)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, t, y), theirs(x, t, y).sample, rtol=1e-4, atol=1e-5)
+        expected = theirs.double()(x.double(), t, y).sample
+        assert (ours.double()(x.double(), t, y) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_parameter_names_are_those_of_the_public_implementation():
@@ -235,6 +261,52 @@ def test_embeddings_take_the_place_of_labels():
     assert torch.equal(model(x, t, rows[:, None]), model(x, t, y))
 
 
+def text(model, n=3, length=4):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])[:n, :length].bool()
+    return torch.randn(n, length, model.context_dim, generator=torch.Generator().manual_seed(5)), mask
+
+
+def text_model(**options):
+    return small(conditioning="cross_attention", num_classes=0, context_dim=20, **options)
+
+
+def test_text_of_any_width_conditions_by_cross_attention():
+    model = text_model().double()
+    x, t, _ = inputs(model, dtype=torch.float64)
+    y, mask = text(model)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for keep in (mask, None):
+        expected = dit_eager.model(state, x, t, y.double(), 3, "cross_attention", keep)
+        torch.testing.assert_close(model(x, t, y.double(), keep), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_text_is_dropped_in_training_only_for_a_null_of_any_length():
+    model = text_model(class_dropout_prob=1.0)
+    x, t, _ = inputs(model)
+    y, mask = text(model)
+    plain, dropped = model(x, t, y, mask), model.train()(x, t, y, mask)
+    assert not torch.allclose(plain, dropped, rtol=1e-2)
+    torch.testing.assert_close(model(x, t, y[:, :1]), dropped, rtol=1e-4, atol=1e-5)
+    sometimes = text_model(class_dropout_prob=0.5).train().y_embedder
+    tokens, kept = sometimes(torch.zeros(4000, 2, 20))
+    null = (tokens == sometimes.null).flatten(1).all(1)
+    assert null.float().mean() == pytest.approx(0.5, abs=0.04)
+    assert kept[null].tolist() == [[True, False]] * int(null.sum()) and kept[~null].all()
+    assert not hasattr(text_model(class_dropout_prob=0).y_embedder, "null")
+
+
+def test_wrong_text_is_named():
+    model = text_model()
+    x, t, y = inputs(model)
+    for wrong in (None, torch.zeros(3, 20), torch.zeros(3, 4, 24), torch.zeros(3, 0, 20)):
+        with pytest.raises(ValueError, match=r"y: expected embeddings of shape \(3, S, 20\), got"):
+            model(x, t, wrong)
+    with pytest.raises(TypeError, match="y: expected a floating dtype"):
+        model(x, t, y)
+    with pytest.raises(ValueError, match="context_dim: expected conditioning 'cross_attention' and num_classes 0"):
+        small(conditioning="cross_attention", context_dim=20)
+
+
 def test_masked_tokens_have_no_influence():
     model = small(conditioning="cross_attention")
     x, t, _ = inputs(model)
@@ -298,6 +370,7 @@ def test_wrong_input_is_named(change, error, message):
         ({"hidden_size": 6, "num_heads": 3}, "hidden_size: expected a multiple of 4"),
         ({"conditioning": "film"}, "conditioning: expected one of .*adaln_zero.*got 'film'"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob: expected a rate in \[0, 1\], got 1.5"),
+        ({"constants": "timm"}, "constants: expected one of .*official.*diffusers.*got 'timm'"),
         ({"patch_size": 0}, "patch_size: .* got 0"),
         ({"num_heads": 0}, "num_heads: .* got 0"),
         ({"mlp_ratio": 0}, "mlp_ratio: .* got 0"),

@@ -116,7 +116,7 @@ def test_cache_serves_an_unconditional_model():
     [
         ({"conditioning": "in_context"}, ([1], torch.tensor([1])), ValueError, "in_context"),
         ({}, ([], torch.tensor([1])), ValueError, "timesteps"),
-        ({}, ([1], torch.zeros(2, 24)), TypeError, "int labels"),
+        ({}, ([1], torch.zeros(2, 23)), ValueError, r"embeddings of shape \(2, 24\)"),
         ({}, ([1], torch.tensor([9])), ValueError, "y: expected labels in 0..7"),
         ({}, ([1], None), ValueError, "y: expected labels .* got None"),
         ({}, ([1], None, True), ValueError, "guidance=True"),
