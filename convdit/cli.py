@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--seed", type=int, default=0, help="seed of the masks")
 
     add("train-dit", _train_dit, "train a diffusion transformer", opt.DiTOptions, trains=True)
+    add("encode", _encode, "a cache of latents to train a diffusion transformer on", opt.EncodeOptions, trains=True)
     sample = add("sample", _sample, "pictures from a trained diffusion transformer")
     sample.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
     sample.add_argument("--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)")
@@ -257,6 +258,13 @@ def _train_dit(given: argparse.Namespace) -> None:
 
     train_dit(_options(given), given.out, given.resume)
     _say(f"weights: {given.out}/model.safetensors")
+
+
+def _encode(given: argparse.Namespace) -> None:
+    from .training.latents import encode
+
+    dataset = encode(_options(given), given.out, given.resume)
+    print(f"latents of {len(dataset)} pictures, {tuple(dataset.image_shape)} each: {given.out}")
 
 
 def _sample(given: argparse.Namespace) -> None:

@@ -76,32 +76,46 @@ def switch_off_grn(encoder: nn.Module) -> None:
 
 
 def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
-    """Keyword arguments of ``models.DiT``, or of the named size, for pictures or latents."""
-    config: dict[str, Any] = dict(_SMALL_DIT) if options.model == "small" else {}
-    if options.model != "small":
-        config["name"] = options.model.replace("-", "_").replace("/", "_")
-        if not hasattr(models, config["name"]) or not config["name"].startswith("DiT_"):
-            raise ValueError(f"model: expected small or a size of the paper such as DiT-S/2, got {options.model!r}")
-    for key in ("hidden_size", "depth", "num_heads", "patch_size"):
-        if getattr(options, key) is not None:
-            config[key] = getattr(options, key)
-    if options.latent and options.model == "small" and options.patch_size is None:
-        config["patch_size"] = 2
-    return {
-        **config,
+    """Keyword arguments of ``models.DiT``, of the named size, or of ``unet.UNet``, for pictures or latents."""
+    common = {
         "input_size": shape[1],
         "in_channels": shape[0],
         "num_classes": classes,
         "class_dropout_prob": options.class_dropout,
         "learn_sigma": options.learn_sigma,
-        "label_init_std": options.label_init_std,
     }
+    if options.model == "unet":
+        given = {"channels": options.hidden_size, "levels": options.depth}
+        return {"name": "unet", **{key: value for key, value in given.items() if value is not None}, **common}
+    config: dict[str, Any] = dict(_SMALL_DIT) if options.model == "small" else {}
+    if options.model != "small":
+        config["name"] = options.model.replace("-", "_").replace("/", "_")
+        if not hasattr(models, config["name"]) or not config["name"].startswith("DiT_"):
+            raise ValueError(
+                f"model: expected small, unet or a size of the paper such as DiT-S/2, got {options.model!r}"
+            )
+    for key in ("hidden_size", "depth", "num_heads", "patch_size"):
+        if getattr(options, key) is not None:
+            config[key] = getattr(options, key)
+    if options.latent and options.model == "small" and options.patch_size is None:
+        config["patch_size"] = 2
+    config |= common | {"label_init_std": options.label_init_std, "conditioning": options.conditioning}
+    return config | ({} if options.zero_init else {"zero_init": False})
 
 
 def dit(config: dict[str, Any]) -> nn.Module:
     config = dict(config)
-    make = getattr(models, config.pop("name", "DiT"))
-    return make(**config)
+    name, zero_init = config.pop("name", "DiT"), config.pop("zero_init", True)
+    if name == "unet":
+        from .unet import UNet
+
+        return UNet(**config)
+    model = getattr(models, name)(**config)
+    if not zero_init:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():
+                nn.init.xavier_uniform_(module.weight)
+    return model
 
 
 def encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:

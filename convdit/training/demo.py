@@ -36,7 +36,10 @@ class DemoSettings:
         steps=2400,
         batch_size=32,
         lr=3e-3,
-        clip_grad=0.0,
+        min_lr=3e-5,
+        warmup=120,
+        beta2=0.95,
+        ema=0.999,
         num_heads=2,
         label_init_std=1.0,  # a short run must be told the class loudly
         learn_sigma=False,
@@ -60,6 +63,11 @@ class DemoSettings:
             dit={
                 "steps": 100,
                 "lr": 3e-3,
+                "min_lr": 3e-5,
+                "warmup": 5,
+                "beta2": 0.95,
+                "clip_grad": 1.0,
+                "ema": 0.999,
                 "label_init_std": 0.3,
                 "learn_sigma": False,
                 "latent": True,

@@ -51,14 +51,20 @@ def train(
     run: Run,
     evaluate: Evaluation | None = None,
     rate: Callable[[str], float] | None = None,
+    show: Callable[[int, nn.Module], None] | None = None,
+    speed: Callable[[float], dict[str, float]] | None = None,
 ) -> nn.Module:
     """Trains ``model`` to the end of ``options.steps``, from the run's last checkpoint if there is one.
 
-    ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise.
+    ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise; a pair (2,) is a
+    weighted sum and its weight, logged as the mean over all that the line stands for, or not where there is none.
     ``evaluate(model)`` gives figures of the model in evaluation mode; it is called every ``options.evaluate_every``
     steps and after the last. They are logged, those of the moving average with ``ema_`` before their names, and the
     last ones stay in ``run.evaluation``. It must leave the global random state alone.
     ``rate(name)`` is the factor of the learning rate of a parameter.
+    ``show(step, model)`` is called in the main process every ``options.evaluate_every`` steps and after the last, with
+    the moving average if there is one, and must leave the global random state alone, too.
+    ``speed(images_per_s)`` gives further figures of throughput for the log.
     Returns the moving average where ``options.ema`` is above 0, else the model, in evaluation mode.
 
     Raises:
@@ -66,7 +72,7 @@ def train(
         TrainingError: the loss stopped being finite.
     """
     options = options.resolved(len(dataset))
-    trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate)
+    trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()
     if done < options.steps:
         model.train()
@@ -75,8 +81,9 @@ def train(
 
 
 class _Trainer:
-    def __init__(self, accelerator, model, objective, options, run, evaluate, rate):
+    def __init__(self, accelerator, model, objective, options, run, evaluate, rate, show, speed):
         self.accelerator, self.objective, self.evaluate = accelerator, objective, evaluate
+        self.show, self.speed = show, speed
         self.options, self.run = options, run
         # Copied before accelerate wraps the forward of the model for mixed precision.
         self.ema = moving_average(model, options.ema).to(accelerator.device) if options.ema else None
@@ -139,7 +146,8 @@ class _Trainer:
                 bar.update(options.batch_size)
                 saving = step % options.save_every == 0 or step == options.steps
                 every = options.evaluate_every
-                evaluating = self.evaluate and (step == options.steps or (every and step % every == 0))
+                evaluating = step == options.steps or (every and step % every == 0)
+                evaluating = evaluating and (self.evaluate or self.show)
                 logging = step % options.log_every == 0 or evaluating
                 stopping = self._stop(signals, world, step % options.log_every == 0)
                 if saving or logging or stopping:
@@ -147,7 +155,8 @@ class _Trainer:
                     self.seconds += now - began
                     rate = (step - since) * options.batch_size / (now - began)
                     values = self._log(step, totals, (step - since) * share, rate)
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+                    shown = {k: f"{v:.4g}" for k, v in values.items() if totals[k].ndim == 0}
+                    bar.set_postfix(shown, refresh=False)
                     totals, since, began = {}, step, time.perf_counter()
                 if evaluating:
                     self._evaluate(step)
@@ -183,6 +192,11 @@ class _Trainer:
 
     def _evaluate(self, step: int) -> None:
         model = self.accelerator.unwrap_model(self.model)
+        if self.show and self.accelerator.is_main_process:
+            self.show(step, (self.ema.module if self.ema else model).eval())
+            model.train()
+        if not self.evaluate:
+            return
         figures = dict(self.evaluate(model.eval()))
         model.train()
         if self.ema:
@@ -200,7 +214,10 @@ class _Trainer:
         return int(self.accelerator.gather(received).max())
 
     def _log(self, step: int, totals: dict, count: int, rate: float) -> dict[str, float]:
-        values = {name: float(self.accelerator.reduce(total / count, "mean")) for name, total in totals.items()}
+        means = {name: self.accelerator.reduce(total / count, "mean").tolist() for name, total in totals.items()}
+        pairs = {name: mean for name, mean in means.items() if isinstance(mean, list)}
+        values = {name: mean for name, mean in means.items() if name not in pairs}
+        values |= {name: sum_ / weight for name, (sum_, weight) in pairs.items() if weight > 0}
         if not all(math.isfinite(value) for value in values.values()):
             raise TrainingError(
                 f"step {step}: the loss is not finite ({values}); try a lower --lr. "
@@ -208,6 +225,8 @@ class _Trainer:
             )
         entry = {"step": step, **values, "lr": max(self.schedule.get_last_lr())}
         entry |= {"seconds": round(self.seconds, 3), "images_per_s": round(rate, 1)}
+        if self.speed:
+            entry |= self.speed(rate)
         self.run.log(entry)
         return values
 

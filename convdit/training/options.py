@@ -10,8 +10,9 @@ from .augment import RESIZED_CROP
 from .optim import LAYER_DECAYS
 
 # These may change when a run resumes: the weights do not depend on them.
-FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu")
+FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "sample_guidance", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
+CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 _PRECISIONS = ("no", "bf16", "fp16")
 _CROP_RATIO = "share of held-out pictures, along a side, to judge on (default: 224/256; from 384 pixels on, all)"
 
@@ -201,11 +202,13 @@ class ValidateOptions(DataOptions):
 
 @dataclass
 class DiTOptions(LoopOptions, DataOptions):
-    """Train a class-conditional diffusion transformer, on pixels or on latents."""
+    """Train a class-conditional diffusion transformer, on pictures or on latents that convdit encode wrote (--data)."""
 
-    model: str = option("small", "small, or a size of the paper such as DiT-S/2")
-    hidden_size: int | None = option(None, "width, for another size of the model")
-    depth: int | None = option(None, "blocks, for another size of the model")
+    model: str = option("small", "small, a size of the paper such as DiT-S/2, or unet: diffusers' UNet2DModel")
+    conditioning: str = option("adaln_zero", "design of the blocks", CONDITIONINGS)
+    zero_init: bool = option(True, "zeros where the design starts from them; without: Xavier there, too")
+    hidden_size: int | None = option(None, "width, for another size of the model (unet: channels at the top)")
+    depth: int | None = option(None, "blocks, for another size of the model (unet: levels)")
     num_heads: int | None = option(None, "attention heads, for another size of the model")
     patch_size: int | None = option(None, "pixels (or latent sites) along a token")
     label_init_std: float = option(0.02, "spread of the untrained label table; 0.3 for short runs")
@@ -214,9 +217,62 @@ class DiTOptions(LoopOptions, DataOptions):
     schedule: str = option("linear", "growth of the noise", ("linear", "cosine"))
     latent: bool = option(False, "diffuse in the latent space of an autoencoder trained first")
     autoencoder_steps: int = option(600, "steps of the autoencoder, with --latent")
-    ema: float = option(0.999, "decay of the moving average of the weights; 0: none")
+    sample_guidance: float = option(1.0, "guidance of the samples on the way (--evaluate-every)")
+    sample_steps: int = option(50, "sampling steps of the samples on the way")
+    peak_tflops: float | None = option(None, "of the device, for the log's mfu (default: a large matmul, measured)")
+    # As published: a constant 1e-4 without decay, warm-up or clipping, and a moving average of 0.9999.
+    lr: float = option(1e-4, "peak learning rate")
+    min_lr: float | None = option(None, "learning rate at the end (default: lr, a constant rate)")
+    warmup: int | None = option(0, "steps of linear warm-up")
+    beta2: float = option(0.999, "AdamW decay of the squared gradient")
+    clip_grad: float = option(0.0, "largest norm of the gradient; 0: no limit")
+    ema: float = option(0.9999, "decay of the moving average of the weights; 0: none")
     weight_decay: float = option(0.0, "AdamW decay of matrices and kernels")
     augment: str = option("none", "random geometry of the pictures", AUGMENTATIONS)
+
+    def check(self, world: int = 1) -> None:
+        super().check(world)
+        if self.conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning: expected one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"class_dropout: expected 0 <= class_dropout < 1, got {self.class_dropout}")
+        if not 1 <= self.sample_steps <= 1000:
+            raise ValueError(f"sample_steps: expected 1 to 1000, got {self.sample_steps}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops: expected a positive number, got {self.peak_tflops}")
+
+    def resolved(self, pictures: int) -> LoopOptions:
+        resolved = super().resolved(pictures)
+        return resolved if self.min_lr is not None else replace(resolved, min_lr=resolved.lr)
+
+
+@dataclass
+class EncodeOptions(DataOptions):
+    """Encode the training pictures once, for train-dit --data OUT: mean and deviation of the latents, in shards."""
+
+    vae: str = option(
+        "small", "small: an autoencoder trained first; pixels: none; or an AutoencoderKL of diffusers: folder, hub name"
+    )
+    scale: float | None = option(None, "of an AutoencoderKL's latents (default: as its configuration; DiT: 0.18215)")
+    flip: bool = option(True, "keep the latents of the mirrored pictures, too, for training to draw from")
+    dtype: str = option("float32", "of the numbers kept", ("float32", "float16"))
+    shard_size: int = option(4096, "pictures a file")
+    batch_size: int = option(64, "pictures encoded at once")
+    autoencoder_steps: int = option(600, "steps of the small autoencoder")
+    seed: int = option(0, "seed of the small autoencoder")
+    cpu: bool = option(False, "stay on the CPU even where there is a GPU")
+
+    def check(self) -> None:
+        """Raises ValueError for a setting that cannot work, by the name that the user typed."""
+        for name in ("shard_size", "batch_size", "autoencoder_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype: expected float32 or float16, got {self.dtype!r}")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"scale: expected a positive number, got {self.scale}")
+        if self.scale is not None and self.vae in ("small", "pixels"):
+            raise ValueError(f"scale: expected none with vae {self.vae}, got {self.scale}")
 
 
 @dataclass
