@@ -197,13 +197,13 @@ def library_of(path: Path, architecture: str = "compute_80") -> Path:
 def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only: str | None = None) -> Path:
     """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR.
 
-    `only`: the one room whose kernels are wanted.
+    `only`: the one room whose kernels are wanted; those of the sites come along, as sparse operators need their tables.
     """
     import torch
 
     torch_folder = Path(torch.__file__).parent
     rooms = sorted(p.parent for p in csrc.glob("*/torch.cpp"))
-    cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists() and only in (None, r.name)]
+    cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists() and (only in (None, r.name) or r.name == "sites")]
     include = ("-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{csrc}")
     compiler = [
         nvcc(),
