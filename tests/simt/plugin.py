@@ -46,7 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
         library().allow(what, file, code)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not for CUDA kernels, and what is not in SIMT_SHARE=k/n: every n-th test from the k-th."""
     without_kernels = {
         f"test_{room.name}.py"
         for room in (ROOT / "csrc").iterdir()
@@ -67,6 +68,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [i for i in items if i not in mine]
     items[:] = [i for i in items if i in mine]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    choose(config, items)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
