@@ -16,7 +16,7 @@ namespace convdit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostWidth = 64;  // so that a block always has several rows in flight
+constexpr int kMostWidth = kWarp;  // a warp reads one row or several whole ones, from shared memory too without bank conflicts
 constexpr int kAhead = 4;       // rows that a thread loads before it works on them
 constexpr int64_t kLeastTileRows = 64, kMostTileRows = 1024, kEnoughBlocks = 2048;
 
