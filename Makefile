@@ -53,6 +53,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt operators --arch compute_90 --few-blocks -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
 	$(BIN)/python -m tests.simt budget
+	$(BIN)/python -m tests.simt code
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 	$(BIN)/python -m tests.gpu --dry

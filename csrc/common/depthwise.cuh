@@ -54,7 +54,7 @@ __global__ void pack_weights(const A* weight, int64_t taps, int64_t channels, in
 // taps a block, a warp every eighth part. Results go through shared memory, so that a warp writes runs of neighbouring taps.
 constexpr int kTapsTogether = 7;
 template <class A>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kNoSpills)
     add_weight_parts(const A* parts, int64_t count, int64_t taps, int64_t channels, int64_t row, A* grad_weight, A* grad_bias) {
   constexpr int warps = kSumThreads / kWarp;
   constexpr int n = kTapsTogether;

@@ -8,6 +8,9 @@
 
 namespace convdit::cuda {
 
+// Blocks a multiprocessor, for __launch_bounds__: left to itself ptxas spills a few bytes to make room for one block more.
+constexpr int kNoSpills = 1;
+
 // A kernel loops over its tasks with the grid as stride, so a grid may be smaller than the number of tasks. Tests set a small
 // limit, to see that they do.
 #ifndef CONVDIT_MOST_BLOCKS

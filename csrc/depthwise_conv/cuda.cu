@@ -72,7 +72,7 @@ template <class T, class Tile>
 constexpr int kForwardBytes = Tile::kRingSize * sizeof(T) + kTapCount * kWeightRow * sizeof(float);
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kForwardThreads<T, Tile>) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
+__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
   constexpr int threads = kForwardThreads<T, Tile>, rows = Tile::kUnitRows, columns = Tile::kUnitColumns, across = Tile::kColumns / columns;
   extern __shared__ __align__(16) unsigned char bytes[];
   T* const ring = reinterpret_cast<T*>(bytes);

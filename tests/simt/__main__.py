@@ -4,6 +4,7 @@ operators [--arch compute_90] [--few-blocks] [pytest's arguments ...]: the tests
     kernels; in as many processes as MAX_JOBS says; grids limited to a few blocks, which then loop over the tasks
 mutants [room ...]: the same over kernels broken on purpose
 budget [--update] [room ...]: what the kernels move and need, against budget.json
+code [room ...]: what ptxas makes of them for each GPU: spills, local memory, instructions of the fast paths
 bound [text]: lower bounds of the time on four GPUs, of operators whose name has the text
 """
 
@@ -16,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from . import build, mutants
+from . import build, code, mutants
 
 ROOMS = sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
 FEW_BLOCKS = 3
@@ -67,12 +68,16 @@ def budget(arguments: list[str]) -> int:
     return any([start(build.operators(only=r), "tests.simt.budget", *update, r).wait() for r in rooms])
 
 
+def code_of(rooms: list[str]) -> int:
+    return code.main(rooms or ROOMS)
+
+
 def bound(arguments: list[str]) -> int:
     return start(build.operators(), "tests.simt.bound", *arguments).wait()
 
 
 def main(arguments: list[str]) -> int:
-    commands = {"operators": operators, "mutants": sweep, "budget": budget, "bound": bound}
+    commands = {"operators": operators, "mutants": sweep, "budget": budget, "bound": bound, "code": code_of}
     if not arguments or arguments[0] not in commands:
         print(__doc__)
         return 2

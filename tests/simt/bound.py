@@ -1,9 +1,10 @@
 """From the executor's counters to a time that no GPU can beat with these kernels: a bound, not a measurement.
 
 Each operator runs on the executor at two small batches, forward and backward. What its launches do is a line in the
-batch, and is taken at the listed batch. A launch takes at least as long as the slowest of: bytes that must move once, at
-the rate of the GPU's memory; sectors, at that of L2; wavefronts of shared memory; instructions, by kind. Launches add up.
-Beside it the floor, which no kernel can beat: the operator's tensors moved once, or its arithmetic at the GPU's peak.
+batch, and is taken at the listed batch. A launch takes at least as long as the slowest of: bytes that must move once,
+at the rate of the GPU's memory; sectors, at that of L2; wavefronts of shared memory; instructions, by kind. Launches
+add up. Beside it the floor, which no kernel can beat: the operator's tensors moved once, or its arithmetic at the
+GPU's peak.
 
 PTX stands in for the machine's instructions: those that ptxas drops (moves, conversions of pointers, reads of
 parameters) are left out, others it may fold or add. Latency, launches, clocks below the peak and an L2 that keeps a
@@ -257,7 +258,7 @@ def main(arguments: list[str]) -> int:
     library.set_counting(True)
     print(
         "Lower bounds of the time, from what the kernels do on the executor: no measurements, no GPU was timed.\n"
-        "Microseconds: the bound, what binds its slowest launch, its ratio to the floor (compulsory bytes or arithmetic)."
+        "Microseconds: the bound, what binds its slowest launch, its ratio to the floor (bytes or arithmetic)."
     )
     print(f"{'operator':62} {'pass':9}" + "".join(f" {gpu.name:>24}" for gpu in GPUS))
     above, count, slowest = [], 0, Counter()

@@ -203,7 +203,8 @@ def operators(
 ) -> Path:
     """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR.
 
-    `most_blocks`: of a grid, see nvcc_output. `only`: the one room whose kernels are wanted; those of the sites come along, as sparse operators need their tables.
+    `most_blocks`: see nvcc_output. `only`: the one room whose kernels are wanted; those of the sites come along, as
+    sparse operators need their tables.
     """
     import torch
 
