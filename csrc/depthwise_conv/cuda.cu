@@ -38,16 +38,18 @@ struct Tile {
       const int64_t w = column + x, top = first < 0 ? 0 : first;
       const bool inside = w >= 0 && w < map_width && c0 + c < channels;
       const T* from = inside ? map + w * channels + c0 + c : map;
-      T* const to = shared + x * kChannels + c;
       // Rows `begin` to `end` - 1 lie in the map.
       const int begin = inside ? static_cast<int>(top - first) : rows, end = height - first < rows ? static_cast<int>(height - first) : rows;
       const int64_t step = lanes * map_width * channels;
+      const unsigned count = end > begin ? end - begin : 0;
       int y = i / places;
       from += (first + y) * map_width * channels;
-      for (int place = slot + y; y < rows; y += lanes, place += lanes, from += step) {
-        if (place >= slots) place -= slots;
-        const bool valid = y >= begin && y < end;
-        copy_async<16>(to + place * shared_row, valid ? from : map, valid);
+      const unsigned row = shared_row * sizeof(T), ring = slots * row, base = shared_address(shared + x * kChannels + c), end_of_ring = base + ring;
+      unsigned to = base + (slot + y) % slots * row;
+      for (; y < rows; y += lanes, from += step) {
+        copy_async<16>(to, from, static_cast<unsigned>(y - begin) < count);
+        to += lanes * row;
+        if (to >= end_of_ring) to -= ring;
       }
     }
   }
@@ -70,7 +72,7 @@ template <class T, class Tile>
 constexpr int kForwardBytes = Tile::kRingSize * sizeof(T) + kTapCount * kWeightRow * sizeof(float);
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kForwardThreads<T, Tile>) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
+__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
   constexpr int threads = kForwardThreads<T, Tile>, rows = Tile::kUnitRows, columns = Tile::kUnitColumns, across = Tile::kColumns / columns;
   extern __shared__ __align__(16) unsigned char bytes[];
   T* const ring = reinterpret_cast<T*>(bytes);
@@ -126,12 +128,15 @@ __global__ void __launch_bounds__(kForwardThreads<T, Tile>) forward_strips(Depth
       add_row(kTaps, std::false_type{}, std::true_type{});
       if (!exists) continue;
       const int64_t h = h0 + unit_row, w = w0 + unit_column;
-      T* y = static_cast<T*>(p.y) + ((image * p.height + h) * p.width + w) * p.channels + c0 + c;
+      const int inside = p.width - w < columns ? static_cast<int>(p.width - w) : columns;
 #pragma unroll
-      for (int i = 0; i < rows; ++i)
+      for (int i = 0; i < rows; ++i) {
+        if (h + i >= p.height) break;
+        T* y = static_cast<T*>(p.y) + ((image * p.height + h + i) * p.width + w) * p.channels + c0 + c;
 #pragma unroll
-        for (int j = 0; j < columns; ++j)
-          if (h + i < p.height && w + j < p.width) store(y + (i * p.width + j) * p.channels, 2, true, sum[i][j]);
+        for (int j = 0; j < columns; ++j, y += p.channels)
+          if (j < inside) store(y, 2, true, sum[i][j]);
+      }
     }
   }
 }
@@ -217,9 +222,10 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeight
       for (int y = 0; y < rows; ++y) {
         float grad[Tile::kColumns], row_sum[kTaps] = {};  // a row at a time: one long sum would round two or three times as badly
 #pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) {
-          grad[j] = widen(grad_tile[(y * Tile::kColumns + j) * kChannels + c]);
-          bias += grad[j];
+        for (int j = 0; j < Tile::kColumns; ++j) grad[j] = widen(grad_tile[(y * Tile::kColumns + j) * kChannels + c]);
+        if (kernel_row == 0) {  // one warp's work, and the sum of no other is written
+#pragma unroll
+          for (int j = 0; j < Tile::kColumns; ++j) bias += grad[j];
         }
         const int place = (slot + y + kernel_row) % Tile::kRing;
         const T* from = ring + place * Tile::kRingRow + c;

@@ -63,7 +63,16 @@ def constant_rows(t):
     return t[..., :1].expand_as(t).clone()
 
 
-SHAPES = [(2, 5, 7, 13), (3, 9, 8, 100), (2, 14, 15, 40), (1, 3, 1, 1536), (2, 1, 1, 17), (2, 3, 4, 1)]
+SHAPES = [
+    (2, 5, 7, 13),
+    (3, 9, 8, 100),
+    (2, 14, 15, 40),
+    (1, 3, 1, 1536),
+    (1, 5, 2, 264),
+    (1, 5, 2, 260),
+    (2, 1, 1, 17),
+    (2, 3, 4, 1),
+]
 DENSE = [dense_case(name, *shape) for shape in SHAPES for name in NAMES]
 DENSE += [
     case
