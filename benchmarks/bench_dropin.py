@@ -23,9 +23,9 @@ def comparisons() -> Iterator[Comparison]:
         yield Comparison("accelerated timm", "forward", shape, torch.float32, partial(inference, name))
         yield Comparison("accelerated timm", "step", shape, torch.float32, partial(training, name))
         yield Comparison("accelerated timm, compiled", "forward", shape, torch.float32, partial(inference, name, True))
-    yield Comparison("accelerated diffusers", "forward", "S/2; 2x4x32x32", torch.float32, diffusers_inference)
+    yield Comparison("accelerated diffusers", "forward", "S/2; 8x4x32x32", torch.float32, diffusers_inference)
     compiled = partial(diffusers_inference, True)
-    yield Comparison("accelerated diffusers, compiled", "forward", "S/2; 2x4x32x32", torch.float32, compiled)
+    yield Comparison("accelerated diffusers, compiled", "forward", "S/2; 8x4x32x32", torch.float32, compiled)
 
 
 def pair(name: str, model: nn.Module, compiled: bool) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -62,8 +62,8 @@ def training(name: str, n: int = 8, side: int = 224, lr: float = 1e-4, **options
     return Work(rivals.training_step(ours, loss, lr), functions)
 
 
-def diffusers_inference(compiled: bool = False, n: int = 2, side: int = 32, heads: int = 6, layers: int = 12) -> Work:
-    """A DiT of size S/2, as DiTPipeline calls it for one image with guidance."""
+def diffusers_inference(compiled: bool = False, n: int = 8, side: int = 32, heads: int = 6, layers: int = 12) -> Work:
+    """A DiT of size S/2, as DiTPipeline calls it for four images with guidance."""
     from diffusers import DiTTransformer2DModel
 
     sizes = {"num_attention_heads": heads, "attention_head_dim": 64, "num_layers": layers, "sample_size": side}
