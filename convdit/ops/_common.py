@@ -80,6 +80,37 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+class Function(torch.autograd.Function):
+    """An autograd.Function with a `setup_context`, as torch.func needs it, that eager calls reach by a shorter way.
+
+    PyTorch binds the arguments of such a function by its signature at every call, which takes several times as long as
+    the rest of the call. Outside torch.func and torch.compile, `apply` is therefore that of a twin that has the two
+    methods in one.
+    """
+
+    generate_vmap_rule = True
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if Function not in cls.__bases__:  # a twin
+            return
+
+        def forward(ctx, *args):
+            output = cls.forward(*args)
+            cls.setup_context(ctx, args, output)
+            return output
+
+        plain = staticmethod(torch.autograd.Function.setup_context)
+        methods = {"forward": staticmethod(forward), "setup_context": plain}
+        cls._twin = type(cls.__name__, (cls,), methods | {"__module__": cls.__module__})
+
+    @classmethod
+    def apply(cls, *args):
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return super().apply(*args)
+        return super(Function, cls._twin).apply(*args)
+
+
 def register_vmap(name: str, folded: tuple[int, ...]) -> None:
     """Teach vmap the operator ``convdit::name``.
 

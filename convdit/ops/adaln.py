@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import accumulate_dtype, check_device, check_floating, library, needs_grad, parameter, register_vmap
+from ._common import (
+    Function,
+    accumulate_dtype,
+    check_device,
+    check_floating,
+    library,
+    needs_grad,
+    parameter,
+    register_vmap,
+)
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -52,9 +61,7 @@ register_vmap("layer_norm_modulate_fwd", folded=(0, 1, 2))
 register_vmap("layer_norm_modulate_bwd", folded=(0, 1, 2, 3, 4))
 
 
-class _LayerNormModulate(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _LayerNormModulate(Function):
     @staticmethod
     def forward(x, shift, scale, eps):
         return library.layer_norm_modulate_fwd(x, shift, scale, eps)
@@ -111,9 +118,7 @@ register_vmap("gated_residual_fwd", folded=(0, 1, 2))
 register_vmap("gated_residual_bwd", folded=(0, 1, 2))
 
 
-class _GatedResidual(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _GatedResidual(Function):
     @staticmethod
     def forward(x, y, gate):
         return library.gated_residual_fwd(x, y, gate)
@@ -172,9 +177,7 @@ register_vmap("gated_residual_layer_norm_modulate_fwd", folded=(0, 1, 2, 3, 4))
 register_vmap("gated_residual_layer_norm_modulate_bwd", folded=(0, 1, 2, 3, 4, 5, 6, 7))
 
 
-class _GatedResidualLayerNormModulate(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _GatedResidualLayerNormModulate(Function):
     @staticmethod
     def forward(x, y, gate, shift, scale, eps):
         return library.gated_residual_layer_norm_modulate_fwd(x, y, gate, shift, scale, eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import accumulate_dtype, autocast, check_floating, library, needs_grad, register_vmap
+from ._common import Function, accumulate_dtype, autocast, check_floating, library, needs_grad, register_vmap
 from .adaln import gated_residual, layer_norm_modulate
 
 
@@ -77,9 +77,7 @@ def _(grad, qkv, *_args, out_shape=None, **_kwargs) -> int:
     return 5 * 2 * batch * tokens * tokens * (width // 3)  # q k^T again, and the gradients of q, k, v and the weights
 
 
-class _PackedAttention(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _PackedAttention(Function):
     @staticmethod
     def forward(qkv, num_heads, scale):
         return library.packed_attention_fwd(qkv, num_heads, scale)

@@ -18,6 +18,7 @@ from convdit._library import build_info
 
 from ._common import (
     HALVES,
+    Function,
     accumulate_dtype,
     autocast,
     autocast_enabled,
@@ -211,10 +212,8 @@ def _(grad_shape, _1, _2, _3, weight1_shape, _5, _6, _7, _8, _eps, *needed, **_k
     return 2 * grad_shape.numel() * (1 + sum(needed)) * weight1_shape[0]
 
 
-class _ConvnextBlock(torch.autograd.Function):
+class _ConvnextBlock(Function):
     """The block in two operators: up to the LayerNorm, u, and from there on."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

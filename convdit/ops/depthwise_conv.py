@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from ._common import (
+    Function,
     accumulate_dtype,
     autocast,
     check_floating,
@@ -88,9 +89,7 @@ def _(grad_shape, x_shape, kernel_size, *_args, **_kwargs) -> int:
     return _flops(x_shape, kernel_size)
 
 
-class _DepthwiseConv2d(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _DepthwiseConv2d(Function):
     @staticmethod
     def forward(x, weight, bias):
         return library.depthwise_conv2d_fwd(x, weight, bias)
@@ -177,9 +176,7 @@ def _(x_shape, weight_shape, *_args, **_kwargs) -> int:
     return _flops(x_shape, weight_shape[-1])
 
 
-class _DepthwiseConv2dLayerNorm(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _DepthwiseConv2dLayerNorm(Function):
     @staticmethod
     def forward(x, weight, bias, ln_weight, ln_bias, eps):
         return library.depthwise_conv2d_layer_norm_fwd(x, weight, bias, ln_weight, ln_bias, eps, True)

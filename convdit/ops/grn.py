@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import (
+    Function,
     accumulate_dtype,
     autocast,
     check_floating,
@@ -136,9 +137,7 @@ register_vmap("grn_fwd", folded=(0,))
 register_vmap("grn_bwd", folded=())  # the parameters' gradients are sums over what would be folded
 
 
-class _Grn(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Grn(Function):
     @staticmethod
     def forward(x, weight, bias, eps, gelu):
         return library.grn_fwd(x, weight, bias, eps, gelu)
@@ -175,9 +174,7 @@ register_vmap("sparse_grn_fwd", folded=())
 register_vmap("sparse_grn_bwd", folded=())
 
 
-class _SparseGrn(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _SparseGrn(Function):
     @staticmethod
     def forward(features, weight, bias, offsets, eps, gelu):
         return library.sparse_grn_fwd(features, weight, bias, offsets, eps, gelu)

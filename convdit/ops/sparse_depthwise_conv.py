@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import accumulate_dtype, autocast, check_floating, library, needs_grad, parameter, register_vmap
+from ._common import Function, accumulate_dtype, autocast, check_floating, library, needs_grad, parameter, register_vmap
 
 if TYPE_CHECKING:
     from convdit.sparse import ActiveSites
@@ -89,9 +89,7 @@ def _(grad, features, neighbors, block, kernel_size, out_shape=None, **_kwargs) 
     return 2 * features[0] * features[1] * kernel_size * kernel_size
 
 
-class _SparseDepthwiseConv2d(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _SparseDepthwiseConv2d(Function):
     @staticmethod
     def forward(features, weight, bias, neighbors, block):
         return library.sparse_depthwise_conv2d_fwd(features, weight, bias, neighbors, block)

@@ -20,6 +20,13 @@ CONVDIT_INLINE void write_lanes(T* p, Vec<accum_t<T>> v, int64_t n) {
   else store_lanes<Full>(p, v, n);
 }
 
+// v as it is read back after a store as T.
+template <class T>
+CONVDIT_INLINE Vec<accum_t<T>> as_stored(Vec<accum_t<T>> v) {
+  if constexpr (sizeof(T) == 2) return widen(narrow(v, T{}), T{});
+  else return v;
+}
+
 // Whether to stream two results (or one and null): they take more than a quarter of the last-level cache, and each row
 // starts at a whole vector.
 template <class T>
@@ -32,32 +39,35 @@ bool too_large(const void* a, const void* b, int64_t rows, int64_t width) {
 template <class T>
 CONVDIT_INLINE T* advance(T* p, int64_t n) { return p ? p + n : nullptr; }
 
-// Mean and 1/sqrt(variance + eps) of R rows in one pass over the deviations from a guess, the mean of every fourth vector:
-// right for rows with a large mean. Whatever the other values are, the squared error of the guess is at most some four
-// times the variance, so the subtraction below cancels two bits at most.
-template <int R, class T>
-CONVDIT_INLINE void row_statistics(const T* x, int64_t width, accum_t<T> eps, accum_t<T>* mean, accum_t<T>* rstd) {
-  using A = accum_t<T>;
-  Vec<A> guess[R] = {}, sums[R] = {}, squares[R] = {};
-  int64_t sampled = 0;
-  for (int64_t i = 0; i + lanes<A> <= width; i += 4 * lanes<A>, sampled += lanes<A>)
-    for (int r = 0; r < R; ++r) guess[r] += load(x + r * width + i);
-  for (int r = 0; r < R; ++r) guess[r] = splat(sampled ? sum(guess[r]) / static_cast<A>(sampled) : widen(x[r * width]));
-  for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-    for (int r = 0; r < R; ++r) {
-      Vec<A> d = load_lanes<decltype(full)::value>(x + r * width + i, n) - guess[r];
+// Sums of R rows' values and of their squares.
+template <int R, class A>
+struct Moments {
+  Vec<A> sums[R] = {}, squares[R] = {};
+  CONVDIT_INLINE void add(int r, Vec<A> v) {
+    sums[r] += v;
+    squares[r] += v * v;
+  }
+};
+
+// Mean and 1/sqrt(variance + eps) of a row: of its values in `moments`, unless that would lose digits because the mean is far
+// larger than the deviation; then from a second pass over the deviations from it.
+template <class T, class A = accum_t<T>>
+CONVDIT_INLINE void row_statistics(const T* x, int64_t width, A eps, Vec<A> sums, Vec<A> squares, A* mean, A* rstd) {
+  A average = sum(sums) / static_cast<A>(width), variance = sum(squares) / static_cast<A>(width) - average * average;
+  if (!(average * average <= 4 * variance)) {  // two bits lost at most, infinities and NaN set aside
+    Moments<1, A> deviations;
+    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      Vec<A> d = load_lanes<decltype(full)::value>(x + i, n) - average;
       if constexpr (!decltype(full)::value)
         for (int64_t lane = n; lane < lanes<A>; ++lane) d[lane] = 0;
-      sums[r] += d;
-      squares[r] += d * d;
-    }
-  });
-  for (int r = 0; r < R; ++r) {
-    const A rest = sum(sums[r]) / static_cast<A>(width);
-    const A variance = sum(squares[r]) / static_cast<A>(width) - rest * rest;
-    mean[r] = guess[r][0] + rest;
-    rstd[r] = 1 / static_cast<A>(__builtin_sqrt((variance > 0 ? variance : 0) + eps));
+      deviations.add(0, d);
+    });
+    const A rest = sum(deviations.sums[0]) / static_cast<A>(width);
+    average += rest;
+    variance = sum(deviations.squares[0]) / static_cast<A>(width) - rest * rest;
   }
+  *mean = average;
+  *rstd = 1 / static_cast<A>(__builtin_sqrt((variance > 0 ? variance : 0) + eps));
 }
 
 // R rows of one sample.
@@ -67,6 +77,7 @@ void forward_rows(const Adaln& p, int64_t row) {
   const int64_t width = p.width, parameters = row / p.tokens * width;
   alignas(kVectorBytes) T scratch[Stream ? kScratch : 1];
   const T* residual = static_cast<const T*>(p.x) + row * width;
+  Moments<R, A> moments;
   if (p.y != nullptr) {
     const bool keep = Stream && p.out != nullptr;
     T* sum_rows = static_cast<T*>(p.residual) + row * width;
@@ -76,20 +87,26 @@ void forward_rows(const Adaln& p, int64_t row) {
       const int64_t at = r * width;
       for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
         constexpr bool kFull = decltype(full)::value;
-        const Vec<A> v = load_lanes<kFull>(residual + at + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + at + i, n);
+        const Vec<A> v = as_stored<T>(load_lanes<kFull>(residual + at + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + at + i, n));
         write_lanes<Stream, kFull>(sum_rows + at + i, v, n);
         if (keep) store_lanes<kFull>(scratch + at + i, v, n);
+        moments.add(r, v);
       });
     }
     residual = keep ? scratch : sum_rows;
+  } else {
+    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r) moments.add(r, load_lanes<decltype(full)::value>(residual + r * width + i, n));
+    });
   }
   if (p.out == nullptr) return;
   A *means = static_cast<A*>(p.mean) + row, *rstds = static_cast<A*>(p.rstd) + row;
-  row_statistics<R>(residual, width, static_cast<A>(p.eps), means, rstds);
   Vec<A> mean[R], rstd[R];
-  for (int r = 0; r < R; ++r) mean[r] = splat(means[r]), rstd[r] = splat(rstds[r]);
+  for (int r = 0; r < R; ++r) {
+    row_statistics<T>(residual + r * width, width, static_cast<A>(p.eps), moments.sums[r], moments.squares[r], means + r, rstds + r);
+    mean[r] = splat(means[r]), rstd[r] = splat(rstds[r]);
+  }
   const A *shift = static_cast<const A*>(p.shift) + parameters, *scale = static_cast<const A*>(p.scale) + parameters;
-  const T* ahead = static_cast<const T*>(p.x) + (row + R) * width;
   T* out = static_cast<T*>(p.out) + row * width;
   for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
     constexpr bool kFull = decltype(full)::value;
@@ -97,7 +114,6 @@ void forward_rows(const Adaln& p, int64_t row) {
     for (int r = 0; r < R; ++r) {
       const Vec<A> normalised = (load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r];
       write_lanes<Stream, kFull>(out + r * width + i, normalised * factor + offset, n);
-      __builtin_prefetch(ahead + r * width + i);
     }
   });
 }

@@ -75,22 +75,31 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
 
 #else
 
-// The i-th third of qkv, or of its gradient, as (B, heads, T, d): a view.
+// Views are made of t's memory directly: each step of view(), select() and transpose() would go through the dispatcher. They live no
+// longer than the call that makes them, and t outlives that.
+Tensor strided_view(const Tensor& t, const Shape& s, int64_t batch_stride, int64_t head_stride, int64_t token_stride, int64_t offset) {
+  const int64_t sizes[4] = {s.batch, s.heads, s.tokens, s.head_dim}, strides[4] = {batch_stride, head_stride, token_stride, 1};
+  return torch::stable::from_blob(t.mutable_data_ptr(), {sizes, 4}, {strides, 4}, t.device(), t.scalar_type(), offset);
+}
+
+// The i-th third of qkv, or of its gradient, as (B, heads, T, d).
 Tensor third(const Tensor& qkv, const Shape& s, int64_t i) {
-  const Tensor parts = torch::stable::view(qkv, {s.batch, s.tokens, 3, s.heads, s.head_dim});
-  return torch::stable::transpose(torch::stable::select(parts, 2, i), 1, 2);
+  return strided_view(qkv, s, qkv.stride(0), s.head_dim, qkv.stride(1), i * s.heads * s.head_dim);
 }
 
-Tensor by_heads(const Tensor& t, const Shape& s) {  // (B, T, D) -> (B, heads, T, d): a view
-  return torch::stable::transpose(torch::stable::view(t, {s.batch, s.tokens, s.heads, s.head_dim}), 1, 2);
+Tensor by_heads(const Tensor& t, const Shape& s) {  // (B, T, D) -> (B, heads, T, d)
+  return strided_view(t, s, t.stride(0), s.head_dim, t.stride(1), 0);
 }
 
-// (B, T, size) of a fresh contiguous tensor's memory; not a view in autograd's eyes, which would forbid changing it in place.
-Tensor unsafe_view(const Tensor& t, const Shape& s, int64_t size) {
-  const int64_t sizes[3] = {s.batch, s.tokens, size};
-  StableIValue stack[2] = {from(t), from(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 3))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack, TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+// (B, T, size) of t, (B, heads, T, ...), whose memory lies in that order; not a view in autograd's eyes, which would forbid changing
+// it in place.
+Tensor heads_together(const Tensor& t, const Shape& s, int64_t size) {
+  Tensor result = torch::stable::transpose(t, 1, 2);
+  if (!result.is_contiguous()) result = torch::stable::contiguous(result);  // not today
+  const int64_t sizes[3] = {s.batch, s.tokens, size}, strides[3] = {s.tokens * size, size, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(result.get(), 3, sizes, strides, 0, &handle));
+  return Tensor(handle);
 }
 
 // The flash kernels read rows of d without gaps.
@@ -103,9 +112,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double 
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
   const Tensor out = to<Tensor>(stack[0]), log_sum_exp = to<Tensor>(stack[1]);
-  // Both lie in memory as (B, T, heads, ...) today; dense() keeps this right should that change.
-  return {unsafe_view(dense(torch::stable::transpose(out, 1, 2)), s, s.heads * s.head_dim),
-          unsafe_view(dense(torch::stable::transpose(log_sum_exp, 1, 2)), s, s.heads)};
+  return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads)};
 }
 
 void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp,

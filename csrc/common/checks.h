@@ -9,6 +9,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <initializer_list>
@@ -106,14 +109,43 @@ inline Tensor check_parameter(const char* name, const Tensor& t, std::initialize
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+inline int32_t shim_dtype(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
+
+// Asks Linux for huge pages under a fresh result. malloc maps large blocks anew, and with small pages the first touch of each 4 KiB
+// can take longer than the work of a kernel on it. Whole huge pages inside the tensor alone: no memory beyond it is taken.
+inline Tensor in_huge_pages(Tensor t) {
+#if defined(__linux__) && !defined(CONVDIT_DEVICE_CUDA)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
+  if (bytes < kHugePage || !t.is_cpu()) return t;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t first = (start + kHugePage - 1) / kHugePage * kHugePage, end = (start + bytes) / kHugePage * kHugePage;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a hint: failing changes nothing
+#endif
+  return t;
+}
+
+// A fresh contiguous tensor on the device of `like`. Not new_empty(), whose way through the dispatcher takes several times as long.
+inline Tensor allocate_sizes(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  constexpr size_t kMaxDim = 8;
+  CONVDIT_CHECK(sizes.size() <= kMaxDim, "tensor: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
+  int64_t strides[kMaxDim], next = 1;
+  for (size_t i = sizes.size(); i-- > 0; next *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = next;
+  int32_t device_type = 0;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, shim_dtype(dtype),
+                                                         device_type, like.get_device_index(), &handle));
+  return in_huge_pages(Tensor(handle));
+}
 inline Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, shape, dtype);
+  return allocate_sizes({shape.begin(), shape.size()}, dtype, like);
 }
 inline Tensor allocate_zeros(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
   return torch::stable::new_zeros(like, shape, dtype);
 }
 inline Tensor allocate_like(const Tensor& t) {  // contiguous, whatever t's strides
-  return torch::stable::new_empty(t, t.sizes());
+  return allocate_sizes(t.sizes(), t.scalar_type(), t);
 }
 
 // CPU threads: PyTorch's own, as many as torch.get_num_threads() says; tasks are pulled from a counter.

@@ -1,0 +1,49 @@
+"""What a call costs beside its arithmetic: how eager calls reach autograd, and the pages of large results."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from convdit import ops
+from convdit.ops._common import Function
+
+
+def bfs(cls):
+    return [cls, *(below for child in cls.__subclasses__() for below in bfs(child))]
+
+
+def test_every_autograd_function_takes_the_short_way():
+    functions = [cls for cls in bfs(torch.autograd.Function) if cls.__module__.startswith("convdit.ops.")]
+    assert len(functions) > 8
+    assert all(issubclass(cls, Function) for cls in functions)
+
+
+def test_eager_calls_bind_no_arguments_by_signature(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the arguments were bound by their signature")
+
+    monkeypatch.setattr(inspect, "signature", refuse)
+    x, shift, scale = (torch.randn(size, requires_grad=True) for size in ((2, 3, 8), (2, 8), (2, 8)))
+    y = ops.layer_norm_modulate(x, shift, scale)
+    assert type(y.grad_fn).__name__ == "_LayerNormModulateBackward"
+    y.sum().backward()
+    assert torch.equal(shift.grad, torch.full((2, 8), 3.0))
+    monkeypatch.undo()
+    torch.func.grad(lambda v: ops.layer_norm_modulate(v, shift, scale).sum())(x)  # by PyTorch's way
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="needs Linux with transparent huge pages"
+)
+def test_large_results_ask_for_huge_pages():
+    y = ops.gated_residual(*(torch.randn(size) for size in ((2, 1024, 1024), (2, 1024, 1024), (2, 1024))))
+    middle = y.data_ptr() + y.nbytes // 2
+    for area in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M):
+        found = re.match("([0-9a-f]+)-([0-9a-f]+) ", area)
+        if found and int(found[1], 16) <= middle < int(found[2], 16):
+            assert " hg" in re.search("^VmFlags:.*$", area, re.M)[0]
+            return
+    raise AssertionError("no area of memory holds the result")
