@@ -23,6 +23,7 @@ from .machine import Machine
 torch._functorch.config.donated_buffer = False  # a compiled graph's backward is called more than once here
 
 RUNS = 3
+SHORT = 0.1  # seconds: calls that long meet their own state soon enough
 COMPILED = ("compile", "max-autotune")  # in the names of rivals
 
 
@@ -117,7 +118,11 @@ class Row:
 def interleave(
     functions: list[Function], seconds: float, wall: bool, limit: float | None = None
 ) -> list[list[list[float]]]:
-    """times[run][turn][function]; about `seconds` in all, a turn a run at least. Odd turns go backwards."""
+    """times[run][turn][function]; about `seconds` in all, a turn a run at least. Odd turns go backwards.
+
+    Short calls follow one that is not timed: else a function would pay for what the one before it did to the heap and
+    to the caches. Where that one gave its memory back to the system, our result would fault its pages in for it.
+    """
     once = []
     for function in functions:
         function()
@@ -134,6 +139,8 @@ def interleave(
         while not run or (min(once) < 1 and time.perf_counter() < end):
             row = [0.0] * len(functions)
             for i in sorted(range(len(functions)), reverse=turn % 2 == 1):
+                if once[i] < SHORT:
+                    functions[i]()
                 row[i] = seconds_a_call(functions[i], repeats[i], wall)
             run.append(row)
             turn += 1

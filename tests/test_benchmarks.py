@@ -243,6 +243,19 @@ def test_interleaving_calls_every_function_in_each_of_three_runs():
         harness.interleave([lambda: sum(range(10**6))], 0.05, wall=True, limit=1e-9)
 
 
+def test_a_short_call_is_timed_in_the_state_that_it_left_itself(monkeypatch):
+    calls, before = [], []
+
+    def timed(function, _repeats, _wall):
+        before.append((calls[-1], function))
+        return 0.001
+
+    monkeypatch.setattr(harness, "seconds_a_call", timed)
+    first, second = (lambda: calls.append(first)), (lambda: calls.append(second))
+    harness.interleave([first, second], 0.01, wall=True)
+    assert len(before) > 2 and all(called is measured for called, measured in before)
+
+
 def test_the_ceiling_is_what_binds():
     def of(dtype=torch.float32, **cost):
         return harness.ceiling(harness.Work(print, {}, **cost), MACHINE, dtype)

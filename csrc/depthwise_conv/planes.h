@@ -9,7 +9,9 @@
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
-constexpr int64_t kStrip = 56;  // columns of the map in the ring at a time
+// Columns of the map that are passed at a time: with wide vectors seven rows of 56 columns of x, the gradients and the sums
+// beside them do not fit the first-level cache.
+constexpr int64_t kStrip = kVectorBytes < 64 ? 56 : 28;
 
 struct Map {
   int64_t height, width, channels, kernel;
