@@ -78,11 +78,24 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)")
     sample.add_argument("--classes", nargs="+", help="names or numbers (default: all)")
     sample.add_argument("--count", type=int, default=8, help="pictures a class (%(default)s)")
-    sample.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
+    text = "scale; 1: none; several: side by side in one picture, as 1.5 2 4 6 (2)"
+    sample.add_argument("--guidance", type=float, nargs="+", default=[2.0], help=text)
     sample.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
     sample.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+
+    walk = add("walk", _walk, "a walk between two noises, or between two classes, as strips or a GIF")
+    walk.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
+    walk.add_argument("--out", default="walk.png", help=".png strips or .gif (%(default)s)")
+    walk.add_argument("--kind", default="class", help="latent or class (%(default)s)")
+    walk.add_argument("--classes", nargs="+", help="names or numbers: one for a latent walk, two for a class walk")
+    walk.add_argument("--frames", type=int, default=9, help="pictures of a walk (%(default)s)")
+    walk.add_argument("--rows", type=int, default=4, help="walks (%(default)s)")
+    walk.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
+    walk.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    walk.add_argument("--seed", type=int, default=0)
+    walk.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
     convert = add("convert", _convert, "convert a checkpoint between formats")
     convert.add_argument("source", metavar="IN", help="safetensors or torch file, or a run folder")
@@ -228,6 +241,14 @@ def _sample(given: argparse.Namespace) -> None:
         cpu=given.cpu,
     )
     print(f"samples: {given.out}")
+
+
+def _walk(given: argparse.Namespace) -> None:
+    from .training.walk import walk_to_file
+
+    names = ("kind", "classes", "frames", "rows", "guidance", "steps", "seed", "cpu")
+    walk_to_file(given.weights, Path(given.out), **{name: getattr(given, name) for name in names})
+    print(f"{given.kind} walk: {given.out}")
 
 
 def _convert(given: argparse.Namespace) -> None:
