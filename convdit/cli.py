@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", help="the same as OUT")
     convert.add_argument("--to", required=True, metavar="FORMAT", help="convdit, timm, ...")
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
+    convert.add_argument("--input-size", type=int, nargs="+", help="of a DiT's latent, for its position table")
     convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place")
 
     info = add("info", _info, "what was built, and a self-check of every operator")
@@ -116,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     bench.add_argument("--out", metavar="FILE.json", help="write the rows, a plot and a page; or a folder")
     flops = add("flops", _flops, "multiply-adds and parameters of a model")
-    flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...")
+    flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...; DiT: its twelve sizes")
+    flops.add_argument("--conditioning", metavar="NAME", help="a design of DiT: adaln_zero, adaln, ...")
     flops.add_argument("--image-size", type=int, help="default: 224; DiT: latents of 32")
     flops.add_argument("--modules", action="store_true", help="one line for each module, too")
     flops.add_argument("--out", help="write it to this JSON file too")
@@ -257,7 +259,8 @@ def _convert(given: argparse.Namespace) -> None:
     target = given.target or given.out
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
-    found, count = convert_file(given.source, Path(target), given.to, given.source_format, given.encoder_only)
+    options = (given.source_format, given.encoder_only, given.input_size)
+    found, count = convert_file(given.source, Path(target), given.to, *options)
     print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
 
 
@@ -273,7 +276,7 @@ def _info(given: argparse.Namespace) -> int:
 def _flops(given: argparse.Namespace) -> None:
     from .training.count import count
 
-    _report(count(given.model, given.image_size, given.modules), given.out)
+    _report(count(given.model, given.image_size, given.modules, given.conditioning), given.out)
 
 
 def _bench(given: argparse.Namespace) -> int:

@@ -165,6 +165,9 @@ def test_a_trained_dit_converts_to_diffusers_and_back(diffusion, tmp_path):
     assert main(["convert", str(there), str(back), "--to", "convdit"]) == 0
     one, two = load_file(diffusion / "model.safetensors"), load_file(back)
     assert all(torch.equal(two[name], one[name]) for name in two) and set(one) - set(two) <= {"pos_embed"}
+    assert main(["convert", str(there), str(back), "--to", "dit_official", "--input-size", "4"]) == 0
+    two = load_file(back)
+    assert set(one) == set(two) and all(torch.equal(two[name], one[name]) for name in two)
 
 
 def test_resume_takes_the_options_of_the_run(pretrained, capsys):
@@ -265,6 +268,15 @@ def test_flops_agree_with_the_published_numbers(capsys):
     assert json.loads(capsys.readouterr().out)["gmacs"] == pytest.approx(4.46, abs=0.02)
     assert main(["flops", "DiT-XL/2"]) == 0
     assert json.loads(capsys.readouterr().out)["gmacs"] == pytest.approx(118.6, abs=0.1)
+    assert main(["flops", "DiT"]) == 0
+    table = json.loads(capsys.readouterr().out)["table"]
+    found = {line.split()[0]: float(line.split()[1]) for line in table}
+    talk = {"DiT-S/4": 1.4, "DiT-B/4": 5.6, "DiT-L/4": 19.7, "DiT-XL/4": 29.1}
+    assert len(found) == 12 and {name: found[name] for name in talk} == pytest.approx(talk, abs=0.0501)
+    assert main(["flops", "DiT-XL/2", "--conditioning", "cross_attention"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == pytest.approx(598.0e6, abs=5e4)
+    assert "conditioning: expected one of" in fails(capsys, "flops", "DiT-S/2", "--conditioning", "film")
+    assert "conditioning: expected none" in fails(capsys, "flops", "convnext_tiny", "--conditioning", "adaln")
     assert "expected one of" in fails(capsys, "flops", "resnet50")
 
 

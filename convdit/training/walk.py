@@ -43,6 +43,8 @@ def walk_to_file(
     if not 1 <= steps <= STEPS:
         raise ValueError(f"steps: expected 1 to {STEPS}, got {steps}")
     maker = PictureMaker.load(source, cpu)
+    if not hasattr(getattr(maker.dit, "y_embedder", None), "embedding_table"):
+        raise ValueError(f"weights: expected a DiT with classes, got {type(maker.dit).__name__}")
     ends = 1 if kind == "latent" else 2
     numbers = class_numbers(classes, maker.classes)
     numbers = numbers[:ends] if classes is None else numbers
