@@ -7,13 +7,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test test-avx512 simt mutants bench lint clean
+.PHONY: help demo test test-avx512 simt mutants gpu-bound gpu-check bench lint clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
 	@echo "make test-avx512  test the code for AVX-512 on a CPU without it"
 	@echo "make simt      run the CUDA kernels without a GPU, every access checked; needs nvcc, not a GPU"
 	@echo "make mutants   break those kernels one place at a time, to see that the tests notice; up to an hour"
+	@echo "make gpu-bound lower bounds of the kernels' times on four GPUs, counted without one; two minutes after the build"
+	@echo "make gpu-check build for this machine's GPU, test and time the kernels on it; DRY=1: the same, tiny, without a GPU"
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
@@ -48,14 +50,23 @@ test-avx512: $(VENV)/.test
 
 # The operators' tests over their CUDA kernels; the executor's own tests; some of the mutants.
 simt: $(VENV)/.test
-	$(BIN)/python -m tests.simt operators --arch compute_90 -q tests/ops -k "equals_reference or error_rule"
+	$(BIN)/python -m tests.simt operators --arch compute_90 --few-blocks -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
 	$(BIN)/python -m tests.simt budget
+	$(BIN)/python -m tests.simt code
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
+	$(BIN)/python -m tests.gpu --dry
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants
+
+gpu-bound: $(VENV)/.test
+	$(BIN)/python -m tests.simt bound
+
+# Builds for the GPU that is there, so it asks for no build before; the dry run needs one.
+gpu-check: $(if $(DRY),$(VENV)/.test,$(BIN)/python)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.gpu $(if $(DRY),--dry)
 
 bench: $(VENV)/.test
 	$(BIN)/convdit bench --out benchmarks/results

@@ -61,6 +61,11 @@ _TABLE = {
     ("FCMAE encoder blocks", "step", "PyTorch"): (MODELS, _bars("3.0 3.5", "3.5 4.2")),
     ("DiT block", "forward", "PyTorch"): (DIT, _bars("1.04 1.02", "1.08 1.05")),
     ("DiT block", "step", "PyTorch"): (DIT, _bars("1.03 1.00", "1.07 1.03")),
+    ("accelerated timm", "forward", "PyTorch"): (MODELS, _bars("1.1 1.25", "1.25 1.6")),
+    ("accelerated timm", "step", "PyTorch"): (MODELS, _bars("1.2 1.35", "1.4 1.7")),
+    ("accelerated timm, compiled", "forward", "PyTorch"): (MODELS, _bars("1 1", "1.05 1.05")),
+    ("accelerated diffusers", "forward", "PyTorch"): (DIT[:1], _bars("1.03", "1.06")),
+    ("accelerated diffusers, compiled", "forward", "PyTorch"): (DIT[:1], _bars("1", "1.05")),
     ("packed_attention", "forward", "PyTorch"): (DIT, _bars("1 1", "1.1 1.1")),
     ("packed_attention", "backward", "PyTorch"): (DIT, _bars("1 1", "1.05 1.05")),
 }  # fmt: skip

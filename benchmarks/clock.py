@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -22,9 +23,9 @@ def seconds_a_call(function: Function, repeats: int, wall: bool) -> float:
 
 
 def device_seconds(function: Function, repeats: int) -> float:
-    """Mean time between two events on the CUDA device, with a cold L2 cache. No GPU has run this yet."""
+    """Median time between two events on the CUDA device, with a cold L2 cache. No GPU has run this yet."""
     flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8)
-    total = 0.0
+    times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
@@ -32,8 +33,8 @@ def device_seconds(function: Function, repeats: int) -> float:
         function()
         end.record()
         torch.cuda.synchronize()
-        total += start.elapsed_time(end) / 1e3
-    return total / repeats
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
 def with_threads(threads: int, function: Callable) -> Callable:

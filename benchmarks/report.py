@@ -49,6 +49,11 @@ def _figure(row: dict, who: str) -> str:
     return f"{value:.3f}" if row["unit"] == "ms" else f"{value:.1f} MB"
 
 
+def _rate(row: dict) -> str:
+    """Of the traffic that nobody can avoid."""
+    return f"{row['traffic'] / row['ours_ms'] / 1e6:.0f}" if row["traffic"] and row["unit"] == "ms" else ""
+
+
 # title: width, text; a negative width aligns to the right
 COLUMNS: dict[str, tuple[int, Callable[[dict], str]]] = {
     "operator": (34, lambda row: row["operator"]),
@@ -60,6 +65,7 @@ COLUMNS: dict[str, tuple[int, Callable[[dict], str]]] = {
     "ours ms": (-9, lambda row: _figure(row, "ours")),
     "rival": (26, lambda row: row["rival"]),
     "rival ms": (-9, lambda row: _figure(row, "rival")),
+    "GB/s": (-6, _rate),
     "ratio": (-6, lambda row: f"{row['ratio']:.2f}"),
     "bar": (-6, _bar),
     "ceiling": (-13, _ceiling),

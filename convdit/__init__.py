@@ -3,10 +3,12 @@
 from . import checkpoints, diffusion, models, nn, ops, reference, sparse
 from ._library import build_info
 from ._version import __version__
+from .dropin import accelerate, restore
 from .flops import flops
 
 __all__ = [
     "__version__",
+    "accelerate",
     "build_info",
     "checkpoints",
     "diffusion",
@@ -15,5 +17,6 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "restore",
     "sparse",
 ]

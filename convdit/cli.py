@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         if trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
             command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
+            _add_recipe(command, options)
         return command
 
     demo = add("demo", _demo, "the whole mission on small real pictures, with a report")
@@ -63,8 +64,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add("pretrain", _pretrain, "FCMAE pre-training of a ConvNeXt", opt.PretrainOptions, trains=True)
     add("finetune", _finetune, "train a classifier", opt.FinetuneOptions, trains=True)
-    probe = add("probe", _probe, "linear probe of frozen features", opt.ProbeOptions)
+    probe = add("probe", _probe, "linear probe and nearest neighbours of frozen features", opt.ProbeOptions)
     probe.add_argument("--out", help="write the result to this JSON file too")
+
+    judge = add("validate", _validate, "accuracy of a classifier", opt.ValidateOptions)
+    judge.add_argument("weights", help="run folder of finetune, or another project's checkpoint with --model")
+    judge.add_argument("--out", help="write the result to this JSON file too")
+    impact = add("impact", _impact, "what FCMAE is worth to V1 and V2, at equal compute too", opt.ImpactOptions)
+    impact.add_argument("--out", default="impact-report", help="folder of the report (%(default)s)")
+    collapse = add("collapse", _collapse, "feature collapse in V1, V2, and V2 without GRN", opt.CollapseOptions)
+    collapse.add_argument("--out", default="collapse-report", help="folder of the report (%(default)s)")
 
     show = add("reconstruct", _reconstruct, "what a pre-trained FCMAE fills in", opt.DataOptions)
     show.add_argument("weights", help="run folder of pretrain, or its model.safetensors")
@@ -73,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--seed", type=int, default=0, help="seed of the masks")
 
     add("train-dit", _train_dit, "train a diffusion transformer", opt.DiTOptions, trains=True)
+    add("encode", _encode, "a cache of latents to train a diffusion transformer on", opt.EncodeOptions, trains=True)
     sample = add("sample", _sample, "pictures from a trained diffusion transformer")
     sample.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
     sample.add_argument("--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)")
@@ -98,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
     convert = add("convert", _convert, "convert a checkpoint between formats")
-    convert.add_argument("source", metavar="IN", help="safetensors or torch file, or a run folder")
+    convert.add_argument(
+        "source", metavar="IN", help="safetensors or torch file, run folder, hf-hub:OWNER/NAME or timm/NAME"
+    )
     convert.add_argument("target", metavar="OUT", nargs="?", help="safetensors file to write")
     convert.add_argument("--out", help="the same as OUT")
     convert.add_argument("--to", required=True, metavar="FORMAT", help="convdit, timm, ...")
@@ -106,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--input-size", type=int, nargs="+", help="of a DiT's latent, for its position table")
     convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place")
 
+    fast = add(
+        "accelerate", _accelerate, "which layers of other people's models convdit.accelerate computes, and which not"
+    )
+    fast.add_argument(
+        "models", nargs="+", metavar="MODEL", help="timm/NAME, transformers/TYPE, diffusers/CLASS or FILE.py:FUNCTION"
+    )
     info = add("info", _info, "what was built, and a self-check of every operator")
     info.add_argument("--out", help="write it to this JSON file too")
     bench = add("bench", _bench, "times of operators and models beside their rivals'")
@@ -152,16 +170,25 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
             parser.add_argument(flag, type=inner[0], metavar=inner[0].__name__.upper(), **common)
 
 
-def _options(given: argparse.Namespace) -> Any:
-    """The options typed, over those of the run to resume, over the defaults."""
-    names = {f.name for f in fields(given.options)}
-    values = {name: value for name, value in vars(given).items() if name in names}
-    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
-        from .training.runs import read_json
+def _add_recipe(parser: argparse.ArgumentParser, options: type) -> None:
+    from .training.recipes import names
 
-        stored = read_json(Path(given.out) / "config.json").get("options", {})
-        values = {name: value for name, value in stored.items() if name in names} | values
-    return given.options(**values)
+    if names(options):
+        text = f"published settings, over which go the options typed: {', '.join(names(options))}"
+        parser.add_argument("--recipe", metavar="NAME", help=text)
+
+
+def _options(given: argparse.Namespace) -> Any:
+    """The options typed, over the recipe's, over those of the run to resume, over the defaults."""
+    from .training.recipes import filled
+    from .training.runs import read_json
+
+    names = {f.name for f in fields(given.options)}
+    typed = {name: value for name, value in vars(given).items() if name in names}
+    kept = {}
+    if getattr(given, "resume", False) and (Path(given.out) / "config.json").exists():
+        kept = read_json(Path(given.out) / "config.json").get("options", {})
+    return filled(given.options, typed, getattr(given, "recipe", None), kept)
 
 
 def _report(values: dict[str, Any], out: str | None = None) -> None:
@@ -200,6 +227,8 @@ def _finetune(given: argparse.Namespace) -> None:
 
     _, result = finetune(_options(given), given.out, given.resume)
     _say(f"held-out accuracy {result['accuracy']:.4f} with {result['labels']} labels")
+    if "raw_accuracy" in result:
+        _say(f"that is the moving average of the weights; the last weights themselves: {result['raw_accuracy']:.4f}")
     _say(f"weights: {given.out}/model.safetensors")
 
 
@@ -207,6 +236,24 @@ def _probe(given: argparse.Namespace) -> None:
     from .training.finetune import probe
 
     _report(probe(_options(given)), given.out)
+
+
+def _validate(given: argparse.Namespace) -> None:
+    from .training.finetune import validate
+
+    _report(validate(given.weights, _options(given)), given.out)
+
+
+def _impact(given: argparse.Namespace) -> None:
+    from .training.impact import impact
+
+    impact(_options(given), given.out)
+
+
+def _collapse(given: argparse.Namespace) -> None:
+    from .training.collapse import collapse
+
+    print("\n".join(collapse(_options(given), given.out)["verdict"]))
 
 
 def _reconstruct(given: argparse.Namespace) -> None:
@@ -226,6 +273,13 @@ def _train_dit(given: argparse.Namespace) -> None:
 
     train_dit(_options(given), given.out, given.resume)
     _say(f"weights: {given.out}/model.safetensors")
+
+
+def _encode(given: argparse.Namespace) -> None:
+    from .training.latents import encode
+
+    dataset = encode(_options(given), given.out, given.resume)
+    print(f"latents of {len(dataset)} pictures, {tuple(dataset.image_shape)} each: {given.out}")
 
 
 def _sample(given: argparse.Namespace) -> None:
@@ -262,6 +316,13 @@ def _convert(given: argparse.Namespace) -> None:
     options = (given.source_format, given.encoder_only, given.input_size)
     found, count = convert_file(given.source, Path(target), given.to, *options)
     print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
+
+
+def _accelerate(given: argparse.Namespace) -> None:
+    from .dropin.named import report
+
+    for name in given.models:
+        print(f"{name}: {report(name)}")
 
 
 def _info(given: argparse.Namespace) -> int:

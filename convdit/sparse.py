@@ -73,17 +73,26 @@ class ActiveSites:
         grid: rows and columns of blocks a map.
         spatial_shape: rows and columns of sites a map, b times the grid.
         batch_size: maps, N.
+        per_image: sites that every map has, None where that was not said to be the same number.
 
     The M = P * b * b sites are ordered block by block: site (i, j) of block p is row
     p * b * b + i * b + j. M = 0 is allowed. Tables are built when first asked for and kept.
     """
 
-    def __init__(self, blocks: Tensor, batch_size: int, grid: tuple[int, int], block: int = 1):
+    def __init__(
+        self,
+        blocks: Tensor,
+        batch_size: int,
+        grid: tuple[int, int],
+        block: int = 1,
+        blocks_per_image: int | None = None,
+    ):
         self.blocks = blocks
         self.block = block
         self.grid = grid
         self.spatial_shape = (grid[0] * block, grid[1] * block)
         self.batch_size = batch_size
+        self._blocks_per_image = blocks_per_image
         self._tables: dict[object, Tensor] = {}
         self._block_tables: dict[object, Tensor] = {}  # shared with finer and coarser stages
 
@@ -113,7 +122,7 @@ class ActiveSites:
         order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)[:, :visible_per_image]
         image = torch.arange(n, device=mask.device)[:, None].expand_as(order)
         blocks = torch.stack((image, order // max(columns, 1), order % max(columns, 1)), -1)
-        return cls(blocks.flatten(0, 1).int().contiguous(), n, (rows, columns), block)
+        return cls(blocks.flatten(0, 1).int().contiguous(), n, (rows, columns), block, visible_per_image)
 
     @classmethod
     def from_mask(cls, visible: Tensor) -> ActiveSites:
@@ -134,6 +143,11 @@ class ActiveSites:
     @property
     def device(self) -> torch.device:
         return self.blocks.device
+
+    @property
+    def per_image(self) -> int | None:
+        blocks = self._blocks_per_image
+        return None if blocks is None else blocks * self.block * self.block
 
     @property
     def indices(self) -> Tensor:
@@ -178,7 +192,7 @@ class ActiveSites:
         """
         check_whole("factor", factor, 1)
         if self.block % factor == 0:
-            coarse = ActiveSites(self.blocks, self.batch_size, self.grid, self.block // factor)
+            coarse = self._with(self.blocks, self.block // factor)
             coarse._block_tables = self._block_tables
             return coarse
         height, width = (-(-size // factor) for size in self.spatial_shape)
@@ -195,10 +209,17 @@ class ActiveSites:
         """These sites on another device; self where they are there already."""
         if self.device == torch.device(device):
             return self
-        moved = ActiveSites(self.blocks.to(device), self.batch_size, self.grid, self.block)
+        moved = self._with(self.blocks.to(device), self.block)
         moved._tables = {key: table.to(device) for key, table in self._tables.items()}
         moved._block_tables = {key: table.to(device) for key, table in self._block_tables.items()}
         return moved
+
+    def blocks_as_sites(self) -> ActiveSites:
+        """The blocks as single sites of the grid: the visible patches."""
+        return self._with(self.blocks, 1)
+
+    def _with(self, blocks: Tensor, block: int) -> ActiveSites:
+        return ActiveSites(blocks, self.batch_size, self.grid, block, self._blocks_per_image)
 
     def _keep(self, tables: dict[object, Tensor], key: object, make: Callable[[], Tensor]) -> Tensor:
         if key in tables:

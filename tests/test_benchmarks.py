@@ -21,7 +21,9 @@ from benchmarks import (
     bench_convnext,
     bench_depthwise_conv,
     bench_dit,
+    bench_dropin,
     bench_fcmae,
+    bench_gpu,
     bench_grid,
     bench_grn,
     bench_scaling,
@@ -111,9 +113,13 @@ def test_sparse_and_dense_convolutions_compute_the_same_at_visible_sites(what, s
 def test_models_infer_and_train_alike(interpreted):
     options = {"n": 2, "side": 64, **SMALL}
     assert_same(bench_convnext.inference("convnextv2_atto", **options))
+    for compiled in (False, True):
+        assert_same(bench_dropin.inference("convnextv2_atto", compiled, num_classes=5, **options))
+        assert_same(bench_dropin.diffusers_inference(compiled, side=8, heads=2, layers=1))
     # A second and a third loss depend on the gradients of every parameter.
     for work in (
         bench_convnext.training("convnextv2_atto", lr=1e-2, **options),
+        bench_dropin.training("convnextv2_atto", lr=1e-2, num_classes=5, **options),
         bench_fcmae.training("convnextv2_atto", lr=1e-2, decoder_dim=16, **options),
     ):
         losses = []
@@ -156,7 +162,7 @@ def test_listing_rows_makes_no_tensor(monkeypatch):
     for name in ("randn", "rand", "zeros", "ones", "empty"):
         monkeypatch.setattr(torch, name, refuse)
     entries = suite.comparisons(suite.Selection())
-    assert {e.bench for e in entries} == set(suite.names()) and len(entries) > 1000
+    assert {e.bench for e in entries} | {"gpu"} == set(suite.names()) and len(entries) > 1000
     labels = [f"{e.bench} {e.label}" for e in entries]
     assert len(set(labels)) == len(labels)
 
@@ -171,7 +177,28 @@ def test_every_bar_belongs_to_a_row():
 def test_the_quick_selection_has_a_row_of_every_operator_and_is_small():
     few = suite.comparisons(suite.Selection(quick=True))
     assert len(few) < 60
-    assert {e.bench for e in few} == set(suite.names()) - {"scaling", "memory"}
+    assert {e.bench for e in few} == set(suite.names()) - {"scaling", "memory", "gpu"}
+
+
+def test_rows_for_a_gpu_are_there_with_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CONVDIT_GPU_CHECK", raising=False)
+    assert list(bench_gpu.comparisons()) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = list(bench_gpu.comparisons())
+    assert {c.dtype for c in rows} == {torch.float32, torch.bfloat16}
+    assert {c.operator.removesuffix(", GPU") for c in rows} >= {
+        "sparse_depthwise_conv2d",
+        "gelu_grn",
+        *bench_adaln.OPERATORS,
+    }
+
+
+def test_attention_on_a_gpu_stands_beside_every_kernel_that_pytorch_has():
+    work = bench_gpu.in_dtype(torch.bfloat16, lambda: bench_gpu.attention("forward", 1, 9, 32, 2))
+    assert "flash_attention" in work.rivals and torch.get_default_dtype() == torch.float32
+    assert work.ours().dtype == torch.bfloat16
+    assert_same(work, 0.02)
 
 
 def test_selection_by_name_and_text():

@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from convdit.cli import main
+from convdit.data import load
 
 SMALL = "--data digits --depths 1 1 --dims 8 16 --stem-stride 2 --batch-size 16 --steps 2 --cpu".split()
-COMMANDS = "demo pretrain finetune probe reconstruct train-dit sample walk convert info bench flops".split()
+COMMANDS = "demo pretrain finetune probe validate impact collapse reconstruct train-dit sample walk convert".split()
+COMMANDS += ["info", "bench", "flops"]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,67 @@ def test_probe_and_finetune_start_from_a_pretraining_run(pretrained, tmp_path, c
     # Two steps of a small rate: the weights are those of the encoder, moved a little.
     name = "stages.1.0.pwconv1.weight"
     assert 0 < (tuned[name] - encoder[f"encoder.{name}"]).abs().max() < 0.01
+
+
+def test_validate_repeats_the_figure_of_the_run(pretrained, tmp_path, capsys):
+    tuned = tmp_path / "tuned"
+    arguments = [
+        "--data",
+        "digits",
+        "--init",
+        str(pretrained),
+        "--steps",
+        "20",
+        "--lr",
+        "0.01",
+        "--ema",
+        "0.9",
+        "--cpu",
+    ]
+    assert main(["finetune", *arguments, "--out", str(tuned)]) == 0
+    result = json.loads((tuned / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["validate", str(tuned), "--data", "digits", "--cpu", "--out", str(tmp_path / "v.json")]) == 0
+    found = json.loads((tmp_path / "v.json").read_text())
+    assert found == {"accuracy": result["accuracy"], "top5_accuracy": result["top5_accuracy"], "pictures": 359}
+    assert result["accuracy"] != result["raw_accuracy"], "the average and the last weights cannot be told apart"
+    assert "fine-tuning" in fails(capsys, "validate", pretrained, "--data", "digits")
+    line = fails(capsys, "validate", tuned, "--data", write_folder(tmp_path / "pictures"), "--image-size", 32)
+    assert "data: expected the classes of the weights, 0, 1" in line and "cat, dog" in line
+
+
+def test_validate_reads_a_classifier_of_another_project(tmp_path, capsys):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("convnextv2_atto", num_classes=2).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else torch.nn.init.normal_(parameter, 0.5, 0.2)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "timm.safetensors")
+    folder = write_folder(tmp_path / "pictures")
+    assert (
+        main(
+            ["validate", str(tmp_path / "timm.safetensors"), "--data", str(folder), "--image-size", "64"]
+            + ["--model", "convnextv2_atto", "--cpu", "--out", str(tmp_path / "v.json")]
+        )
+        == 0
+    )
+    test = load(folder, 64, None, None).test
+    mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = model((test.batch(range(len(test)))[0] - mean) / std).argmax(1) == test.labels
+    assert json.loads((tmp_path / "v.json").read_text())["accuracy"] == pytest.approx(expected.double().mean())
+    line = fails(capsys, "validate", tmp_path / "timm.safetensors", "--data", folder)
+    assert "model: expected the name" in line
+
+
+def write_folder(root):
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            noise = np.random.default_rng([i, len(name), ord(name[0])]).integers(0, 256, (70, 80, 3), np.uint8)
+            Image.fromarray(noise).save(root / name / f"{i}.png")
+    return root
 
 
 def test_finetune_starts_from_a_checkpoint_of_another_project(pretrained, tmp_path):

@@ -24,10 +24,11 @@ from convdit.checkpoints import (
     transformers,
 )
 from convdit.checkpoints.files import facts_of, load, save, unwrap, with_facts
+from convdit.checkpoints.hub import is_hub_name
 from convdit.checkpoints.layout import encoder_of
 from convdit.checkpoints.names import describe
 
-__all__ = ["convert", "detect", "formats", "load", "save", "sparse_to_dense"]
+__all__ = ["convert", "detect", "formats", "is_hub_name", "load", "save", "sparse_to_dense"]
 
 # In the order of detection: a format whose names another one's pattern would also fit comes first.
 _FORMATS = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convdit.checkpoints import hub
 from convdit.checkpoints.names import describe
 
 __all__ = ["facts_of", "load", "save", "unwrap", "with_facts"]
@@ -28,7 +29,10 @@ _FACTS = "_convdit_facts"
 
 
 def load(path: str | os.PathLike[str], key: str | None = None) -> OrderedDict[str, Tensor]:
-    """Reads a state_dict: a safetensors file, or a file of `torch.save`.
+    """Reads a state_dict: a safetensors file, or a file of `torch.save`, here or on the Hugging Face hub.
+
+    On the hub it is named "hf-hub:OWNER/NAME" or "timm/NAME" ("@REVISION" after it for another one
+    than the last), and read from huggingface_hub's cache or fetched into it.
 
     The kind is seen from the content, not from the name. Files of `torch.save` are read with
     `weights_only=True`, with `argparse.Namespace` allowed besides (the official checkpoints hold
@@ -40,9 +44,10 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> OrderedDict[st
     only tensors are left. A prefix "module." or "_orig_mod." that all names share is removed.
     Tensors come to the CPU.
 
-    Raises FileNotFoundError, IsADirectoryError, or ValueError naming the path and the reason.
+    Raises FileNotFoundError, IsADirectoryError, or ValueError naming the path and the reason;
+    ConnectionError where the hub is needed and cannot be reached.
     """
-    path = Path(path)
+    path = hub.download(path) if hub.is_hub_name(path) else Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a checkpoint file, this is a directory")
     if not path.exists():

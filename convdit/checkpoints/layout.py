@@ -1,9 +1,9 @@
 """Which tensors, of which shapes, a ConvNeXt or an FCMAE has under our names.
 
 Our names are those of the official ConvNeXt-V2 repository: `downsample_layers.i.k`, `stages.i.j.*`,
-`norm`, `head`, and for FCMAE `encoder.*`, `mask_token`, `proj`, `decoder.j.*`, `pred`. GRN
-parameters have the shape (4C,). Every format is checked here after reading and before writing, so
-"strict" means the same for all of them.
+`norm` (in a detection backbone `norm0`, `norm1`, ..., one a stage), `head`, and for FCMAE `encoder.*`,
+`mask_token`, `proj`, `decoder.j.*`, `pred`. GRN parameters have the shape (4C,). Every format is checked
+here after reading and before writing, so "strict" means the same for all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-from convdit.checkpoints.names import describe
+from convdit.checkpoints.names import describe, rename
 
 __all__ = [
     "check_convnext",
@@ -25,6 +25,7 @@ __all__ = [
     "join",
     "mismatches",
     "raise_mismatch",
+    "rename_all",
     "rows",
     "split",
 ]
@@ -33,7 +34,8 @@ Shape = tuple[int | None, ...]
 
 _PREFIX = "encoder."
 _DECODER = re.compile(r"mask_token|(?:proj|pred|decoder)\..+")
-_HEAD = re.compile(r"(?:norm|head)\..+")
+_HEAD = re.compile(r"(?:norm\d*|head)\..+")
+_ATTENTION = r"stages\.{}\.\d+\.(?:norm1|attn|norm2|mlp)\."
 
 
 def is_decoder_key(key: str) -> bool:
@@ -85,8 +87,20 @@ def flat_grn(old: str, new: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
+def rename_all(
+    state: Mapping[str, Tensor],
+    translate: Callable[[str], str | None],
+    change: Callable[[str, str, Tensor], Tensor],
+    what: str,
+) -> OrderedDict[str, Tensor]:
+    """As `names.rename`; raises ValueError for names that `translate` has no answer for."""
+    out, unknown = rename(state, translate, change)
+    raise_mismatch(what, [], unknown)
+    return out
+
+
 def encoder_of(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The stem, downsampling layers and stages alone: no prefix, decoder, final norm or head."""
+    """The stem, downsampling layers and stages alone: no prefix, decoder, norm of the output or head."""
     body, _, _ = split(state)
     return OrderedDict((key, value) for key, value in body.items() if not _HEAD.fullmatch(key))
 
@@ -205,9 +219,13 @@ def _convnext_shapes(body: Mapping[str, Tensor], version: int | None) -> dict[st
     for i in range(stages):
         # A stage without blocks does not exist, so an absent one shows up as its first block's
         # missing keys.
+        attention = any(re.match(_ATTENTION.format(i), key) for key in body)
         for j in range(max(_count(body, rf"stages\.{i}\.(\d+)\."), 1)):
-            shapes.update(_block(f"stages.{i}.{j}", dims[i], grn, gamma))
-    if any(_HEAD.fullmatch(key) for key in body):
+            name = f"stages.{i}.{j}"
+            shapes.update(_attention(name, dims[i]) if attention else _block(name, dims[i], grn, gamma))
+        if any(key.startswith(f"norm{i}.") for key in body):
+            shapes.update(_norm(f"norm{i}", dims[i]))
+    if any(key.startswith(("norm.", "head.")) for key in body):
         shapes.update(_norm("norm", dims[-1]))
     if any(key.startswith("head.") for key in body):
         classes = rows(body, "head.weight")
@@ -251,4 +269,12 @@ def _block(name: str, dim: int | None, grn: bool, gamma: bool) -> dict[str, Shap
         shapes.update({f"{name}.grn.gamma": (wide,), f"{name}.grn.beta": (wide,)})
     if gamma:
         shapes[f"{name}.gamma"] = (dim,)
+    return shapes
+
+
+def _attention(name: str, dim: int | None) -> dict[str, Shape]:
+    shapes = _norm(f"{name}.norm1", dim) | _norm(f"{name}.norm2", dim)
+    for layer, outputs, inputs in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+        rows, columns = (None if dim is None else times * dim for times in (outputs, inputs))
+        shapes |= {f"{name}.{layer}.weight": (rows, columns), f"{name}.{layer}.bias": (rows,)}
     return shapes

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convdit.checkpoints.layout import check_convnext, flat_grn, is_convnext, join, split
+from convdit.checkpoints.layout import check_convnext, flat_grn, is_convnext, join, rename_all, split
 from convdit.checkpoints.names import KeyTable, rename
 from convdit.checkpoints.official import official_grn
 
@@ -78,9 +78,10 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
 
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """From our names: an FCMAE whole, a ConvNeXt V2 with the names its sparse twin has."""
-    check_convnext(ours, "this checkpoint does not fit fcmae_minkowski", version=2)
+    what = "this checkpoint does not fit fcmae_minkowski"
+    check_convnext(ours, what, version=2)
     body, decoder, _ = split(ours)
-    body, _ = rename(body, _TABLE.theirs, _to_minkowski)
+    body = rename_all(body, _TABLE.theirs, _to_minkowski, what)
     decoder, _ = rename(decoder, lambda key: key, official_grn)
     return join(body, decoder, facts.get("encoder_prefix", False))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convdit.checkpoints.layout import check_convnext, flat_grn, split
+from convdit.checkpoints.layout import check_convnext, flat_grn, rename_all, split
 from convdit.checkpoints.names import KeyTable, rename
 
 __all__ = ["NAME", "matches", "read", "write"]
@@ -63,14 +63,15 @@ def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[s
     Pointwise weights get the axes they came with, or those of timm's model of that width.
     """
     body, decoder, _ = split(ours)
-    check_convnext(body, "this checkpoint does not fit timm", unknown=decoder)
+    what = "this checkpoint does not fit timm"
+    check_convnext(body, what, unknown=decoder)
     width = body["downsample_layers.0.0.weight"].shape[0]
     conv_mlp = facts.get("timm_conv_mlp", width <= _WIDEST_CONV_MLP)
 
     def change(old: str, new: str, tensor: Tensor) -> Tensor:
         return tensor[:, :, None, None] if conv_mlp and _is_pointwise(old) else tensor
 
-    return rename(body, _TABLE.theirs, change)[0]
+    return rename_all(body, _TABLE.theirs, change, what)
 
 
 def _is_pointwise(ours: str) -> bool:

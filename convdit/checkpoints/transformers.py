@@ -1,7 +1,10 @@
 """The format "transformers": ConvNeXt V1 and V2 as Hugging Face transformers names them.
 
 The classifiers put `convnext.` or `convnextv2.` before the names of the model; the bare models do
-not. Their final LayerNorm uses eps 1e-12 (`config.layer_norm_eps`) where ours, the official one and
+not. A backbone (`ConvNextV2Backbone`) calls our `norm0`, `norm1`, ... `hidden_states_norms.stage1`,
+`hidden_states_norms.stage2`, ...: the norms of `features_only=True, out_norms=True`.
+
+Their final LayerNorm uses eps 1e-12 (`config.layer_norm_eps`) where ours, the official one and
 timm's use 1e-6; no tensor holds it, so a converted model differs by that eps alone.
 """
 
@@ -14,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convdit.checkpoints.layout import check_convnext, flat_grn, split
+from convdit.checkpoints.layout import check_convnext, flat_grn, rename_all, split
 from convdit.checkpoints.names import KeyTable, rename
 
 __all__ = ["NAME", "matches", "read", "write"]
@@ -22,6 +25,7 @@ __all__ = ["NAME", "matches", "read", "write"]
 NAME = "transformers"
 
 _OURS, _THEIRS = "stages.{i}.{j}", "encoder.stages.{i}.layers.{j}"
+_MOST_STAGES = 8  # of a backbone; theirs count from 1
 _TABLE = KeyTable(
     parameters=[
         (f"{_OURS}.gamma", f"{_THEIRS}.layer_scale_parameter"),
@@ -39,6 +43,7 @@ _TABLE = KeyTable(
         (f"{_OURS}.pwconv2", f"{_THEIRS}.pwconv2"),
         ("norm", "layernorm"),
         ("head", "classifier"),
+        *((f"norm{i}", f"hidden_states_norms.stage{i + 1}") for i in range(_MOST_STAGES)),
     ],
 )
 _PREFIXES = ("convnextv2.", "convnext.")
@@ -69,7 +74,8 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
 def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """From our names: a classifier's where there is a head, else the bare model's."""
     body, decoder, _ = split(ours)
-    check_convnext(body, "this checkpoint does not fit transformers", unknown=decoder)
+    what = "this checkpoint does not fit transformers"
+    check_convnext(body, what, unknown=decoder)
     version_2 = any(".grn." in key for key in body)
     with_prefix = "head.weight" in body or facts.get("transformers_prefix", False)
     prefix = _PREFIXES[0 if version_2 else 1] if with_prefix else ""
@@ -77,7 +83,7 @@ def write(ours: Mapping[str, Tensor], facts: Mapping[str, Any]) -> OrderedDict[s
     def change(old: str, new: str, tensor: Tensor) -> Tensor:
         return tensor.reshape(1, 1, 1, -1) if ".grn." in old else tensor
 
-    return rename(body, lambda key: _their_name(key, prefix), change)[0]
+    return rename_all(body, lambda key: _their_name(key, prefix), change, what)
 
 
 def _their_name(key: str, prefix: str) -> str | None:

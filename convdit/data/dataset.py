@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, require
+from .pixels import Fit
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -41,20 +43,33 @@ class ImageDataset(torch.utils.data.Dataset):
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def draw(self, indices: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+        """A batch to train on. ``seed`` is for data sets that change their pictures at random; this one does not."""
+        return self.batch(indices)
+
+    def picture(self, index: int):
+        """A PIL picture, of its own size where it came from a file, else as ``batch`` gives it, in 8 bits."""
+        image_module = require("PIL.Image", "pictures", "pillow")
+        array = (self.batch([index])[0][0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        return image_module.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
     def subset(self, indices: Sequence[int] | Tensor) -> ImageDataset:
         raise NotImplementedError
 
 
 class MemoryDataset(ImageDataset):
-    """Pictures held as one array: uint8 (N, C, H, W) or float32 in [0, 1]."""
+    """Pictures held as one array: uint8 (N, C, H, W) or float32 in [0, 1]; ``files``: where they came from, if so."""
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]):
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], files: LazyDataset | None = None):
         if images.ndim != 4:
             raise DataError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images but {len(labels)} labels")
         super().__init__(labels, classes, tuple(images.shape[1:]))
-        self.images = images
+        self.images, self.files = images, files
+
+    def picture(self, index: int):
+        return super().picture(index) if self.files is None else self.files.picture(index)
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         indices = torch.as_tensor(indices, dtype=torch.int64)
@@ -65,38 +80,46 @@ class MemoryDataset(ImageDataset):
 
     def subset(self, indices: Sequence[int] | Tensor) -> MemoryDataset:
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return MemoryDataset(self.images[indices], self.labels[indices], self.classes)
+        files = self.files.subset(indices) if self.files is not None else None
+        return MemoryDataset(self.images[indices], self.labels[indices], self.classes, files)
 
 
 class LazyDataset(ImageDataset):
-    """Pictures read when asked for: ``read(i)`` gives uint8 (C, H, W) of ``image_shape``."""
+    """Pictures read when asked for: ``read(i)`` gives a PIL picture, ``fit`` makes it uint8 (C, size, size)."""
 
     def __init__(
         self,
-        read: Callable[[int], np.ndarray],
+        read: Callable[[int], Any],
         indices: Sequence[int] | Tensor,
         labels: Tensor,
         classes: Sequence[str],
-        image_shape: tuple[int, int, int],
+        fit: Fit,
     ):
-        super().__init__(labels, classes, image_shape)
-        self.read = read
+        super().__init__(labels, classes, (fit.channels, fit.size, fit.size))
+        self.read, self.fit = read, fit
         self.indices = torch.as_tensor(indices, dtype=torch.int64)
+
+    def picture(self, index: int):
+        return self.read(int(self.indices[index]))
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        pictures = [self.read(int(i)) for i in self.indices[indices]]
+        pictures = [self.fit(self.picture(int(i))) for i in indices]
         images = torch.from_numpy(np.stack(pictures)).to(torch.float32).div_(255)
         return images, self.labels[indices]
 
+    def fitted(self, fit: Fit) -> LazyDataset:
+        """The same pictures, cut and resized otherwise."""
+        return LazyDataset(self.read, self.indices, self.labels, self.classes, fit)
+
     def subset(self, indices: Sequence[int] | Tensor) -> LazyDataset:
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        return LazyDataset(self.read, self.indices[indices], self.labels[indices], self.classes, self.image_shape)
+        return LazyDataset(self.read, self.indices[indices], self.labels[indices], self.classes, self.fit)
 
     def in_memory(self) -> MemoryDataset:
         """Reads every picture now, and so finds a damaged one before any training starts."""
-        images = torch.stack([torch.from_numpy(self.read(int(i))) for i in self.indices])
-        return MemoryDataset(images, self.labels, self.classes)
+        images = torch.stack([torch.from_numpy(self.fit(self.picture(i))) for i in range(len(self))])
+        return MemoryDataset(images, self.labels, self.classes, files=self)
 
 
 def stratified_split(labels: Tensor, test_fraction: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:

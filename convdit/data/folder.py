@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .dataset import LazyDataset
 from .errors import DataError, require
-from .pixels import fit_picture
+from .pixels import Fit
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 class PictureReader:
-    """Reads the i-th file as uint8 (C, size, size). A class: worker processes can carry it."""
+    """Reads the i-th file as a PIL picture. A class: worker processes can carry it."""
 
-    def __init__(self, paths: list[Path], image_size: int, channels: int):
-        self.paths, self.image_size, self.channels = paths, image_size, channels
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
 
-    def __call__(self, index: int) -> np.ndarray:
+    def __call__(self, index: int):
         path = self.paths[index]
         image_module = require("PIL.Image", "reading pictures", "pillow")
         try:
             with image_module.open(path) as picture:
-                picture.load()
-                return fit_picture(picture, self.image_size, self.channels)
+                return picture.convert("RGB") if picture.mode != "L" else picture.copy()
         except Exception as error:  # Pillow's plug-ins raise anything on a damaged file
             raise DataError(f"{path}: cannot be read as a picture: {error}") from error
 
@@ -45,7 +43,7 @@ def find_splits(root: Path) -> dict[str, Path]:
     return {"train": root / "train", **({"test": root / tests[0]} if tests else {})}
 
 
-def open_folder(root: Path, image_size: int, channels: int, classes: list[str] | None = None) -> LazyDataset:
+def open_folder(root: Path, fit: Fit, classes: list[str] | None = None) -> LazyDataset:
     """One split. ``classes``, those of the training split, must then all be there, and no other."""
     found = class_folders(root)
     if not found:
@@ -65,6 +63,4 @@ def open_folder(root: Path, image_size: int, channels: int, classes: list[str] |
             raise DataError(f"{root / name}: no pictures in this class folder")
         paths += files
         labels += [label] * len(files)
-    reader = PictureReader(paths, image_size, channels)
-    shape = (channels, image_size, image_size)
-    return LazyDataset(reader, range(len(paths)), torch.tensor(labels), found, shape)
+    return LazyDataset(PictureReader(paths), range(len(paths)), torch.tensor(labels), found, fit)

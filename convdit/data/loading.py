@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from . import arrays, embedded, folder, huggingface, idx
 from .dataset import ImageDataset, LazyDataset, MemoryDataset, stratified_split
 from .errors import DataError
-from .pixels import fit_array, to_channels_first
+from .pixels import Fit, fit_array, published_crop_ratio, to_channels_first
 
 EMBEDDED = {"mnist5k": embedded.mnist5k, "digits": embedded.digits}
 _EMBEDDED_SIZE = {"mnist5k": 32, "digits": 16}
@@ -24,7 +25,12 @@ class Splits(NamedTuple):
     test: ImageDataset
 
 
-def load(data: str | Path = "mnist5k", image_size: int | None = None, channels: int | None = None) -> Splits:
+def load(
+    data: str | Path = "mnist5k",
+    image_size: int | None = None,
+    channels: int | None = None,
+    crop_ratio: float | None = 1.0,
+) -> Splits:
     """Opens a data set by name or path.
 
     Args:
@@ -33,6 +39,8 @@ def load(data: str | Path = "mnist5k", image_size: int | None = None, channels: 
         image_size: side of the square pictures. Default: arrays are padded to a multiple of 8
             (28 -> 32), pictures become 224.
         channels: 1 or 3. Default: what the arrays have; 3 for pictures.
+        crop_ratio: of held-out pictures in files: the shorter side becomes ``image_size / crop_ratio`` before
+            the centre is cut out. None: the rule of the ConvNeXt papers, see `pixels.published_crop_ratio`.
 
     Where there is no test split, a fifth of each class is held out, always the same pictures.
 
@@ -44,6 +52,8 @@ def load(data: str | Path = "mnist5k", image_size: int | None = None, channels: 
         raise DataError(f"image_size: expected a positive number, got {image_size}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels: expected 1 or 3, got {channels}")
+    if crop_ratio is not None and not 0 < crop_ratio <= 1:
+        raise DataError(f"crop_ratio: expected 0 < crop_ratio <= 1, got {crop_ratio}")
     if str(data) in EMBEDDED:
         images, labels, classes = EMBEDDED[str(data)]()
         size = image_size or _EMBEDDED_SIZE[str(data)]
@@ -61,16 +71,19 @@ def load(data: str | Path = "mnist5k", image_size: int | None = None, channels: 
         if "train" not in read:
             raise DataError(f"{path}: no training images (train-images-idx3-ubyte[.gz])")
         return _split(_arrays(read, image_size, channels, path), str(path))
-    size, channels = image_size or _PICTURE_SIZE, channels or 3
+    fit = Fit(image_size or _PICTURE_SIZE, channels or 3)
     if huggingface.is_saved_dataset(path):
-        found: dict[str, ImageDataset] = dict(huggingface.open_saved(path, size, channels))
+        found: dict[str, ImageDataset] = dict(huggingface.open_saved(path, fit))
     else:
         places = folder.find_splits(path)
         found, classes = {}, None
         for split, place in places.items():
-            found[split] = folder.open_folder(place, size, channels, classes)
+            found[split] = folder.open_folder(place, fit, classes)
             classes = found[split].classes
-    return _split({split: _small_in_memory(part) for split, part in found.items()}, str(path))
+    train, test = _split(found, str(path))
+    ratio = published_crop_ratio(fit.size) if crop_ratio is None else crop_ratio
+    test = test.fitted(replace(fit, crop_ratio=ratio))
+    return Splits(_small_in_memory(train), _small_in_memory(test))
 
 
 def _small_in_memory(dataset: LazyDataset) -> ImageDataset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -69,13 +71,32 @@ def fit_array(images: Tensor, image_size: int | None, channels: int | None) -> T
     return images
 
 
-def fit_picture(picture, image_size: int, channels: int) -> np.ndarray:
-    """A PIL picture to uint8 (C, size, size): shorter side to ``image_size``, then the centre."""
-    image_module = require("PIL.Image", "reading pictures", "pillow")
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    scale = image_size / min(picture.size)
-    width, height = (max(image_size, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), image_module.Resampling.BICUBIC)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    array = np.asarray(picture.crop((left, top, left + image_size, top + image_size)))
-    return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+@dataclass(frozen=True)
+class Fit:
+    """Makes a PIL picture uint8 (channels, size, size), bicubic and antialiased.
+
+    The shorter side becomes ``size / crop_ratio``, then the centre is cut out. ``crop_ratio`` None: nothing is
+    cut, both sides are resized to ``size``.
+    """
+
+    size: int
+    channels: int
+    crop_ratio: float | None = 1.0
+
+    def __call__(self, picture) -> np.ndarray:
+        image_module = require("PIL.Image", "reading pictures", "pillow")
+        picture, size = picture.convert("RGB" if self.channels == 3 else "L"), self.size
+        if self.crop_ratio is None:
+            width, height = size, size
+        else:  # rounded as torchvision does, whose transforms the published figures come from
+            short, side = min(picture.size), int(size / self.crop_ratio)
+            width, height = (int(side * length / short) for length in picture.size)
+        picture = picture.resize((width, height), image_module.Resampling.BICUBIC)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        array = np.asarray(picture.crop((left, top, left + size, top + size)))
+        return np.ascontiguousarray(array[None] if self.channels == 1 else array.transpose(2, 0, 1))
+
+
+def published_crop_ratio(size: int) -> float | None:
+    """How the ConvNeXt papers judge: the centre of 224 of 256 pixels, and from 384 pixels on the whole picture."""
+    return None if size >= 384 else 224 / 256

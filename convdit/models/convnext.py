@@ -7,16 +7,20 @@ come in as (N, C, H, W); inside, maps are channels-last from the stem to the las
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convdit._checks import check_floating, check_rate, check_tensor, check_whole, kind, listed, whole_numbers
+from convdit.nn.attention_block import AttentionBlock
 from convdit.nn.convnext_block import ConvNeXtBlock
 from convdit.nn.layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm, check_scope
 from convdit.nn.resample import Downsample, Stem
+from convdit.nn.stage import Stage, set_grad_checkpointing
 
 # Of each size: blocks a stage, and channels of the first stage; each later one has twice as many.
 _SIZES = {
@@ -30,14 +34,18 @@ _SIZES = {
     "large": ((3, 3, 27, 3), 192),
     "xlarge": ((3, 3, 27, 3), 256),
     "huge": ((3, 3, 27, 3), 352),
+    "xxlarge": ((3, 4, 30, 3), 384),  # open_clip's
 }
-# version, depths, dims of each name; a V2 of size xlarge was never published
+_ONLY_V1 = ("xlarge", "xxlarge")
+# version, depths, dims of each name
 VARIANTS = {
     f"{family}_{size}": (version, depths, tuple(dim * 2**i for i in range(4)))
     for version, family in ((1, "convnext"), (2, "convnextv2"))
     for size, (depths, dim) in _SIZES.items()
-    if (version, size) != (2, "xlarge")
+    if version == 1 or size not in _ONLY_V1
 }
+_NORM_EPS = {"convnext_xxlarge": 1e-5}  # all others have 1e-6
+_HEAD_WIDTH = 64  # channels of a head of attention
 
 
 class ConvNeXt(nn.Module):
@@ -53,7 +61,14 @@ class ConvNeXt(nn.Module):
         stem_stride: image pixels along a site's side at the first stage.
         layer_scale_init_value: first value of gamma in version 1.
         head_init_scale: multiplies the head's first weights.
+        norm_eps: of every LayerNorm.
         features_only: leave out the final norm and the head; the model returns the stages' maps.
+        out_indices: the stages whose maps `features_only` returns, all by default; negative ones
+            count from the last.
+        out_norms: with `features_only`, a LayerNorm over channels for each of these maps, named
+            norm0, norm1, ... by stage as in the official detection backbone.
+        attention_stages: stages made of `convdit.nn.AttentionBlock`s, heads of 64 channels, in place
+            of ConvNeXt blocks: their indices, or how many at the end.
 
     Attributes:
         stride: image pixels along a site's side at the last stage.
@@ -70,7 +85,11 @@ class ConvNeXt(nn.Module):
         stem_stride: int = 4,
         layer_scale_init_value: float = 1e-6,
         head_init_scale: float = 1.0,
+        norm_eps: float = 1e-6,
         features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+        out_norms: bool = False,
+        attention_stages: int | Sequence[int] = (),
     ):
         super().__init__()
         depths, dims = whole_numbers("depths", depths, 1), whole_numbers("dims", dims, 1)
@@ -80,36 +99,42 @@ class ConvNeXt(nn.Module):
         check_whole("num_classes", num_classes, 0)
         check_whole("stem_stride", stem_stride, 1)
         check_rate("drop_path_rate", drop_path_rate)
+        if isinstance(attention_stages, int) and not isinstance(attention_stages, bool):
+            check_whole("attention_stages", attention_stages, 0)
+            attention_stages = range(max(len(dims) - attention_stages, 0), len(dims))
+        if not features_only and (out_norms or out_indices is not None):
+            raise ValueError("out_indices, out_norms: only for a model made with features_only=True")
         self.version = version
         self.depths = depths
         self.dims = dims
         self.in_chans = in_chans
         self.features_only = features_only
+        self.out_indices = _stage_indices("out_indices", out_indices, len(dims))
+        self.out_norms = out_norms
+        self.attention_stages = _stage_indices("attention_stages", attention_stages, len(dims))
         self.head_init_scale = head_init_scale
         self.stem_stride = stem_stride
         self.stride = stem_stride * 2 ** (len(dims) - 1)
-        self.downsample_layers = nn.ModuleList([Stem(in_chans, dims[0], stem_stride)])
+        self.downsample_layers = nn.ModuleList([Stem(in_chans, dims[0], stem_stride, norm_eps)])
         for dim, next_dim in pairwise(dims):
-            self.downsample_layers.append(Downsample(dim, next_dim))
+            self.downsample_layers.append(Downsample(dim, next_dim, norm_eps))
         blocks = sum(depths)
         rates = iter(drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks))
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    ConvNeXtBlock(
-                        dim,
-                        version,
-                        drop_path=next(rates),
-                        layer_scale_init_value=layer_scale_init_value,
-                    )
-                    for _ in range(depth)
-                )
+
+        def block(stage: int) -> nn.Module:
+            if stage in self.attention_stages:
+                return AttentionBlock(dims[stage], _heads(dims[stage]), next(rates), norm_eps)
+            return ConvNeXtBlock(
+                dims[stage], version, next(rates), layer_scale_init_value=layer_scale_init_value, eps=norm_eps
             )
-            for depth, dim in zip(depths, dims, strict=True)
-        )
+
+        self.stages = nn.ModuleList(Stage(*(block(i) for _ in range(depth))) for i, depth in enumerate(depths))
         init_weights(self)
+        if out_norms:
+            for i in self.out_indices:
+                self.add_module(f"norm{i}", LayerNorm(dims[i], norm_eps))
         if not features_only:
-            self.norm = LayerNorm(dims[-1])
+            self.norm = LayerNorm(dims[-1], norm_eps)
             self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -130,11 +155,11 @@ class ConvNeXt(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, c, H, W) images to (N, num_classes) logits.
 
-        With num_classes=0, to `forward_features`; with features_only=True, to
-        `forward_intermediates`.
+        With num_classes=0, to `forward_features`; with features_only=True, to the maps of
+        `out_indices` as `forward_intermediates` gives them, through their norms if there are any.
         """
         if self.features_only:
-            return self.forward_intermediates(x)
+            return self.forward_intermediates(x, norm=self.out_norms, indices=self.out_indices)
         return self.head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -142,31 +167,41 @@ class ConvNeXt(nn.Module):
         pooled = self._maps(x)[-1].mean((1, 2))
         return pooled if self.features_only else self.norm(pooled)
 
-    def forward_intermediates(self, x: Tensor, norm: bool = False) -> list[Tensor]:
+    def forward_intermediates(
+        self, x: Tensor, norm: bool = False, indices: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """(N, c, H, W) images to a map (N, C, H', W') for each stage, first to last.
 
-        norm: apply the final norm, over channels, to the last map; the others never have one.
+        Args:
+            x: the images.
+            norm: apply the final norm, over channels, to the last stage's map; in a model made with
+                out_norms=True, to each map its own.
+            indices: the stages whose maps are wanted, all by default; negative ones count from the
+                last. Stages after the last one wanted are not computed.
         """
-        maps = self._maps(x)
-        if norm:
-            if self.features_only:
-                raise ValueError("norm: a model made with features_only=True has no final norm")
-            maps[-1] = self.norm(maps[-1])
-        return [y.permute(0, 3, 1, 2) for y in maps]
+        indices = _stage_indices("indices", indices, len(self.dims))
+        norms = {i: getattr(self, f"norm{i}") for i in self.out_indices} if self.out_norms else {}
+        if norm and self.features_only and not set(indices) <= set(norms):
+            raise ValueError("norm: a model made with features_only=True has no norm but those of out_norms=True")
+        if not self.features_only:
+            norms[len(self.dims) - 1] = self.norm
+        maps = self._maps(x, max(indices, default=0) + 1)
+        chosen = [norms[i](maps[i]) if norm and i in norms else maps[i] for i in indices]
+        return [y.permute(0, 3, 1, 2) for y in chosen]
 
-    def _maps(self, x: Tensor) -> list[Tensor]:
-        check_images("x", x, self.in_chans, self.stride)
-        stem, *downsamples = self.downsample_layers
-        first, *stages = self.stages
-        maps = [first(stem(x, "x"))]
-        for downsample, stage in zip(downsamples, stages, strict=True):
-            maps.append(stage(downsample(maps[-1])))
+    def _maps(self, x: Tensor, stages: int | None = None) -> list[Tensor]:
+        """The maps of the first so many stages, (N, H', W', C)."""
+        stages = len(self.dims) if stages is None else stages
+        check_images("x", x, self.in_chans, self.stem_stride * 2 ** (stages - 1))
+        maps = [self.stages[0](self.downsample_layers[0](x, "x"))]
+        for i in range(1, stages):
+            maps.append(self.stages[i](self.downsample_layers[i](maps[-1])))
         return maps
 
     def load_encoder(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Load all but the final norm and the head, strictly.
+        """Load all but the norms of the output and the head, strictly.
 
-        A norm and a head in `state_dict` are not loaded.
+        Norms and a head in `state_dict` are not loaded.
 
         Returns:
             The names of the parameters left as they were.
@@ -196,10 +231,11 @@ class ConvNeXt(nn.Module):
         return [name for name in self.state_dict() if _in_head(name)]
 
     def encoder(self) -> ConvNeXt:
-        """This model without its final norm and head, sharing every other parameter."""
+        """This model without norms of the output and head, sharing every other parameter."""
         encoder = copy.copy(self)
         encoder.__dict__ = self.__dict__ | {
             "features_only": True,
+            "out_norms": False,
             "_modules": {name: module for name, module in self._modules.items() if not _in_head(name)},
         }
         return encoder
@@ -211,12 +247,16 @@ class ConvNeXt(nn.Module):
             if isinstance(module, GlobalResponseNorm):
                 module.scope = scope
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass; see `convdit.nn.Stage`."""
+        set_grad_checkpointing(self, enable)
+
     @property
     def feature_info(self) -> list[dict[str, int | str]]:
-        """Channels, stride and module name of each map of `forward_intermediates`."""
+        """Channels, stride and module name of each map of `out_indices`."""
         return [
-            {"num_chs": dim, "reduction": self.stem_stride * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(self.dims)
+            {"num_chs": self.dims[i], "reduction": self.stem_stride * 2**i, "module": f"stages.{i}"}
+            for i in self.out_indices
         ]
 
 
@@ -227,7 +267,7 @@ def create(
     features_only: bool = False,
     depths: Sequence[int] | None = None,
     dims: Sequence[int] | None = None,
-    **options: float,
+    **options: Any,
 ) -> ConvNeXt:
     """Make a ConvNeXt by name.
 
@@ -235,9 +275,9 @@ def create(
         name: one of `convdit.models.list()`.
         num_classes: of the head; 0 for none.
         in_chans: image channels.
-        features_only: no final norm and no head.
+        features_only: no final norm and no head; see `ConvNeXt` for `out_indices` and `out_norms`.
         depths, dims: override the variant's, one of each a stage.
-        options: of `ConvNeXt`: drop_path_rate, stem_stride, ...
+        options: of `ConvNeXt`: drop_path_rate, stem_stride, attention_stages, ...
 
     Raises:
         TypeError: a name that is not a string.
@@ -248,6 +288,7 @@ def create(
     if name not in VARIANTS:
         raise ValueError(f"name: expected one of {listed(VARIANTS)}; got {name!r}")
     version, own_depths, own_dims = VARIANTS[name]
+    options.setdefault("norm_eps", _NORM_EPS.get(name, 1e-6))
     return ConvNeXt(
         own_depths if depths is None else depths,
         own_dims if dims is None else dims,
@@ -280,4 +321,17 @@ def check_images(name: str, images: Tensor, channels: int, smallest: int) -> Non
 
 
 def _in_head(name: str) -> bool:
-    return name.split(".")[0] in ("norm", "head")
+    return re.match(r"(?:norm\d*|head)(?:\.|$)", name) is not None
+
+
+def _stage_indices(name: str, indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
+    """Indices of stages, all for None, in rising order and each once; negative ones count from the last."""
+    given = tuple(range(stages)) if indices is None else whole_numbers(name, indices, -stages)
+    if max(given, default=0) >= stages:
+        raise ValueError(f"{name}: expected stages of 0 to {stages - 1}, got {given}")
+    return tuple(sorted({i % stages for i in given}))
+
+
+def _heads(dim: int) -> int:
+    """Heads of attention, of 64 channels or, where those do not divide, of a little more."""
+    return next(heads for heads in range(max(dim // _HEAD_WIDTH, 1), 0, -1) if dim % heads == 0)

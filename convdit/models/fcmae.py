@@ -8,7 +8,7 @@ leaks into or out of a removed patch. `sparse=False` computes the same on zero-f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from convdit._checks import check_device, check_tensor, check_whole, kind, whole_numbers
 from convdit.nn.convnext_block import ConvNeXtBlock
-from convdit.nn.layers import check_scope, hide
+from convdit.nn.layers import DepthwiseConv2d, check_scope, hide
 from convdit.nn.resample import coarsen
+from convdit.nn.stage import Stage, set_grad_checkpointing
 from convdit.sparse import ActiveSites, SparseTensor2d, random_patch_mask, visible_patches
 
 from .convnext import ConvNeXt, check_images, create, init_weights
@@ -49,9 +50,10 @@ class FCMAE(nn.Module):
         sparse: False computes on zero-filled dense maps; the results are the same.
         in_chans: image channels; None for those of a ConvNeXt, or 3 for an encoder given by name.
         depths, dims: override the variant's, for an encoder given by name.
+        init: how weights are drawn. "fixed": with std 0.02 truncated, as the authors meant; the
+            encoder's as `ConvNeXt` draws them, or as they are in one given as a model. "official":
+            as their code does, see `_init_official`; also over the weights of a given encoder.
         options: of `ConvNeXt`, for an encoder given by name: drop_path_rate, stem_stride, ...
-
-    Weights are drawn with std 0.02.
 
     Raises TypeError or ValueError for settings that make no model, or one that learns nothing: a
     `mask_ratio` that leaves no visible or no removed patch.
@@ -71,10 +73,13 @@ class FCMAE(nn.Module):
         in_chans: int | None = None,
         depths: Sequence[int] | None = None,
         dims: Sequence[int] | None = None,
-        **options: float,
+        init: str = "fixed",
+        **options: Any,
     ):
         super().__init__()
         check_scope("grn_scope", grn_scope)
+        if init not in ("official", "fixed"):
+            raise ValueError(f'init: expected "official" or "fixed", got {init!r}')
         check_whole("patch_size", patch_size, 1)
         check_whole("decoder_dim", decoder_dim, 1)
         check_whole("decoder_depth", decoder_depth, 0)
@@ -108,11 +113,13 @@ class FCMAE(nn.Module):
 
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.empty(1, decoder_dim, 1, 1))
-        self.decoder = nn.Sequential(*(ConvNeXtBlock(decoder_dim) for _ in range(decoder_depth)))
+        self.decoder = Stage(*(ConvNeXtBlock(decoder_dim) for _ in range(decoder_depth)))
         self.pred = nn.Conv2d(decoder_dim, patch_size**2 * encoder.in_chans, 1)
         for part in (self.proj, self.decoder, self.pred):
             init_weights(part)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if init == "official":
+            _init_official(self)
 
     def forward(
         self,
@@ -141,7 +148,7 @@ class FCMAE(nn.Module):
                 with no visible patch in some image, or with no removed patch at all.
         """
         mask, sites, removed = self._mask(images, mask, generator)
-        hidden, pred = self._predict(self._decode(images, mask, sites), sites, removed)
+        hidden, pred = self._predict(images, mask, sites, removed)
         return FCMAEOutput(self._loss(images, hidden, removed), pred, mask)
 
     @torch.no_grad()
@@ -157,13 +164,17 @@ class FCMAE(nn.Module):
         Arguments as for `forward`.
         """
         mask, sites, removed = self._mask(images, mask, generator)
-        _, pred = self._predict(self._decode(images, mask, sites), sites, removed)
+        _, pred = self._predict(images, mask, sites, removed)
         patches = self.patchify(images)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(patches)
             pred = pred * deviation + mean
         mixed = torch.where(mask.flatten(1)[..., None], pred.to(patches.dtype), patches)
         return self.unpatchify(mixed, mask.shape[1:])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for the backward pass; see `convdit.nn.Stage`."""
+        set_grad_checkpointing(self, enable)
 
     def patchify(self, images: Tensor) -> Tensor:
         """(N, c, H, W) to (N, L, p * p * c), values of a patch in order (py, px, c)."""
@@ -197,25 +208,36 @@ class FCMAE(nn.Module):
                 x = stage(downsample(x))
             return x
         visible = (~mask).repeat_interleave(sites.block, 1).repeat_interleave(sites.block, 2)
-        x = _masked(first, hide(stem(images), visible), visible)
+        x = first(hide(stem(images), visible), visible)
         for downsample, stage in zip(downsamples, stages, strict=True):
             x = downsample(x, visible)
             visible = coarsen(visible)
-            x = _masked(stage, x, visible)
-        return SparseTensor2d.from_dense(x, _patches(sites))
+            x = stage(x, visible)
+        return SparseTensor2d.from_dense(x, sites.blocks_as_sites())
 
-    def _decode(self, images: Tensor, mask: Tensor, sites: ActiveSites) -> Tensor:
-        x = self._encode(images, mask, sites)
+    def _decode(self, x: SparseTensor2d) -> Tensor:
         x = x.replace(F.linear(x.features, self.proj.weight.flatten(1), self.proj.bias))
         return self.decoder(x.dense(self.mask_token.flatten()))
 
-    def _predict(self, x: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
+    def _predict(self, images: Tensor, mask: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
         """The predictions of the R removed patches, (R, p * p * c), and of all, (N, L, p * p * c).
 
-        The loss needs the former only. Computed apart, they spare its backward the products with
-        the zero gradients of visible patches.
+        Under float16 autocast all after the encoder is in float32: projection and prediction sum up
+        the encoder's unnormed features and can leave float16's range, with official weights at once.
         """
-        weight, parts = self.pred.weight.flatten(1), (removed, _patches(sites))
+        x = self._encode(images, mask, sites)
+        if not _float16_autocast(images):
+            return self._paint(self._decode(x), sites, removed)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._paint(self._decode(x.replace(x.features.float())), sites, removed)
+
+    def _paint(self, x: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
+        """The predictions of `_predict` from the decoder's map.
+
+        The loss needs those of removed patches only. Computed apart, they spare its backward the
+        products with the zero gradients of visible patches.
+        """
+        weight, parts = self.pred.weight.flatten(1), (removed, sites.blocks_as_sites())
         rows = (SparseTensor2d.from_dense(x, part).features for part in parts)
         hidden, shown = (F.linear(row, weight, self.pred.bias) for row in rows)
         n, height, width = x.shape[:3]
@@ -272,15 +294,33 @@ class FCMAE(nn.Module):
         return height // p, width // p
 
 
-def _masked(stage: nn.Sequential, x: Tensor, visible: Tensor) -> Tensor:
-    for block in stage:
-        x = block(x, visible)
-    return x
+def _init_official(model: FCMAE) -> None:
+    """Draw the weights as facebookresearch/ConvNeXt-V2 does in `FCMAE._init_weights`.
+
+    Its calls leave out the std that they need: depthwise and pointwise layers of the encoder, stem,
+    projection, prediction and the decoder's depthwise layers get std 1 truncated at 2; the
+    downsampling convolutions get 0.02. The decoder's pointwise layers keep PyTorch's own draw.
+    """
+    for part in (model.encoder.downsample_layers[0], model.encoder.stages, model.proj, model.decoder, model.pred):
+        for layer in part.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d, DepthwiseConv2d)):
+                nn.init.trunc_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    for layer in model.encoder.downsample_layers[1:].modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    for layer in model.decoder.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    nn.init.normal_(model.mask_token, std=0.02)
 
 
-def _patches(sites: ActiveSites) -> ActiveSites:
-    """The blocks of sites as single sites: the visible patches."""
-    return ActiveSites(sites.blocks, sites.batch_size, sites.grid)
+def _float16_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return False
+    return torch.get_autocast_dtype(device) == torch.float16
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class ConvNeXtBlock(nn.Module):
         kernel_size: of the depthwise convolution, odd, 3 to 31.
         layer_scale_init_value: first value of gamma in version 1; 0 leaves gamma out.
         grn_scope: in version 2, see `GlobalResponseNorm`.
+        eps: of the norm.
 
     Shapes: (N, H, W, C) to the same, or `SparseTensor2d` to the same.
     """
@@ -39,6 +40,7 @@ class ConvNeXtBlock(nn.Module):
         kernel_size: int = 7,
         layer_scale_init_value: float = 1e-6,
         grn_scope: str = "sample",
+        eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -50,7 +52,7 @@ class ConvNeXtBlock(nn.Module):
         self.version = version
         self.drop_path = drop_path
         self.dwconv = DepthwiseConv2d(dim, kernel_size, **to)
-        self.norm = LayerNorm(dim, **to)
+        self.norm = LayerNorm(dim, eps, **to)
         self.pwconv1 = nn.Linear(dim, 4 * dim, **to)
         if version == 2:
             self.grn = GlobalResponseNorm(4 * dim, scope=grn_scope, **to)

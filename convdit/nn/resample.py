@@ -19,13 +19,14 @@ class Stem(nn.Sequential):
         in_chans: image channels c.
         dim: channels C of the map.
         stride: image pixels along a site's side.
+        eps: of the norm.
     """
 
-    def __init__(self, in_chans: int, dim: int, stride: int = 4):
+    def __init__(self, in_chans: int, dim: int, stride: int = 4, eps: float = 1e-6):
         check_whole("in_chans", in_chans, 1)
         check_whole("dim", dim, 1)
         check_whole("stride", stride, 1)
-        super().__init__(nn.Conv2d(in_chans, dim, stride, stride), LayerNorm(dim))
+        super().__init__(nn.Conv2d(in_chans, dim, stride, stride), LayerNorm(dim, eps))
 
     def forward(self, images: Tensor, name: str = "images") -> Tensor:
         """(N, c, H, W) to (N, H // stride, W // stride, C).
@@ -59,9 +60,9 @@ class Downsample(nn.Sequential):
     `ActiveSites.downsample(2)`, absent sites counting as zero after the norm.
     """
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, eps: float = 1e-6):
         check_whole("out_dim", out_dim, 1)
-        super().__init__(LayerNorm(dim), nn.Conv2d(dim, out_dim, 2, 2))
+        super().__init__(LayerNorm(dim, eps), nn.Conv2d(dim, out_dim, 2, 2))
 
     def forward(self, x: Map, visible: Tensor | None = None) -> Map:
         """`visible`, (N, H, W) bool, as in `ConvNeXtBlock`; `coarsen` gives the result's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.ops.convdit
 
@@ -67,8 +68,14 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd (or torch.func) must see this call; if not, the forward operator is called directly."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether autograd (or torch.func) must see this call; if not, the forward operator is called directly.
+
+    In forward mode it must, to refuse: the operators alone would drop the tangents without a word. An exported program
+    has no backward of ours, so it gets the operator that keeps nothing for one.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -92,6 +92,8 @@ def convnext_block(
     ]
     if needs_grad(x, *arguments):
         return _ConvnextBlock.apply(x, *arguments, eps)[0]
+    if torch.compiler.is_exporting():  # the operator calls others, which would refuse parameters that want gradients
+        x, *arguments = (None if t is None else t.detach() for t in (x, *arguments))
     return library.convnext_block_fwd(x, *arguments, eps)
 
 

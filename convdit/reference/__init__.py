@@ -8,6 +8,7 @@ are cast to the input's dtype.
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import adaln_zero_attention, packed_attention
 from .convnext_block import convnext_block
+from .decompositions import decompositions
 from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
 from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
 from .neighbors import neighbors
@@ -16,6 +17,7 @@ from .sparse_depthwise_conv import sparse_depthwise_conv2d
 __all__ = [
     "adaln_zero_attention",
     "convnext_block",
+    "decompositions",
     "depthwise_conv2d",
     "depthwise_conv2d_layer_norm",
     "gated_residual",

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import models
+from ..nn import GlobalResponseNorm
 from .options import DiTOptions, ModelOptions, PretrainOptions
 
 # Three stages from full resolution: patches of 4 pixels, which pictures of 16 to 64 pixels need.
@@ -34,8 +35,8 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     return {**config, "in_chans": image_shape[0]}
 
 
-def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0) -> nn.Module:
-    return models.create(**config, num_classes=classes, drop_path_rate=drop_path)
+def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0) -> nn.Module:
+    return models.create(**config, num_classes=classes, drop_path_rate=drop_path, head_init_scale=head_scale)
 
 
 def encoder(config: dict[str, Any]) -> nn.Module:
@@ -62,33 +63,59 @@ def fcmae(config: dict[str, Any]) -> nn.Module:
     return models.FCMAE(**{**config, "encoder": encoder(config["encoder"])})
 
 
+def switch_off_grn(encoder: nn.Module) -> None:
+    """Keeps every GRN of an untrained model the identity: its parameters are zero, and stay so.
+
+    Raises ValueError for a model without GRN.
+    """
+    layers = [module for module in encoder.modules() if isinstance(module, GlobalResponseNorm)]
+    if not layers:
+        raise ValueError("grn: a ConvNeXt V1 has none to switch off")
+    for layer in layers:
+        layer.requires_grad_(False)
+
+
 def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
-    """Keyword arguments of ``models.DiT``, or of the named size, for pictures or latents."""
-    config: dict[str, Any] = dict(_SMALL_DIT) if options.model == "small" else {}
-    if options.model != "small":
-        config["name"] = options.model.replace("-", "_").replace("/", "_")
-        if not hasattr(models, config["name"]) or not config["name"].startswith("DiT_"):
-            raise ValueError(f"model: expected small or a size of the paper such as DiT-S/2, got {options.model!r}")
-    for key in ("hidden_size", "depth", "num_heads", "patch_size"):
-        if getattr(options, key) is not None:
-            config[key] = getattr(options, key)
-    if options.latent and options.model == "small" and options.patch_size is None:
-        config["patch_size"] = 2
-    return {
-        **config,
+    """Keyword arguments of ``models.DiT``, of the named size, or of ``unet.UNet``, for pictures or latents."""
+    common = {
         "input_size": shape[1],
         "in_channels": shape[0],
         "num_classes": classes,
         "class_dropout_prob": options.class_dropout,
         "learn_sigma": options.learn_sigma,
-        "label_init_std": options.label_init_std,
     }
+    if options.model == "unet":
+        given = {"channels": options.hidden_size, "levels": options.depth}
+        return {"name": "unet", **{key: value for key, value in given.items() if value is not None}, **common}
+    config: dict[str, Any] = dict(_SMALL_DIT) if options.model == "small" else {}
+    if options.model != "small":
+        config["name"] = options.model.replace("-", "_").replace("/", "_")
+        if not hasattr(models, config["name"]) or not config["name"].startswith("DiT_"):
+            raise ValueError(
+                f"model: expected small, unet or a size of the paper such as DiT-S/2, got {options.model!r}"
+            )
+    for key in ("hidden_size", "depth", "num_heads", "patch_size"):
+        if getattr(options, key) is not None:
+            config[key] = getattr(options, key)
+    if options.latent and options.model == "small" and options.patch_size is None:
+        config["patch_size"] = 2
+    config |= common | {"label_init_std": options.label_init_std, "conditioning": options.conditioning}
+    return config | ({} if options.zero_init else {"zero_init": False})
 
 
 def dit(config: dict[str, Any]) -> nn.Module:
     config = dict(config)
-    make = getattr(models, config.pop("name", "DiT"))
-    return make(**config)
+    name, zero_init = config.pop("name", "DiT"), config.pop("zero_init", True)
+    if name == "unet":
+        from .unet import UNet
+
+        return UNet(**config)
+    model = getattr(models, name)(**config)
+    if not zero_init:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.any():
+                nn.init.xavier_uniform_(module.weight)
+    return model
 
 
 def encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:

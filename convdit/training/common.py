@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .. import data
 from .build import convnext_config, encoder_part
 from .options import DataOptions, ModelOptions
-from .runs import WEIGHTS, Run, RunError, read_weights, save_weights, write_json
+from .runs import RESULT, WEIGHTS, Run, RunError, read_weights, save_weights, write_json
 from .transforms import Normalise
 
 
-def open_data(options: DataOptions) -> data.Splits:
-    train, test = data.load(options.data, options.image_size, options.channels)
+def open_data(options: DataOptions, crop_ratio: float | None = 1.0) -> data.Splits:
+    train, test = data.load(options.data, options.image_size, options.channels, crop_ratio)
     if options.held_out is not None:
         if options.held_out < 1:
             raise ValueError(f"held_out: expected at least 1, got {options.held_out}")
@@ -44,6 +44,8 @@ def convnext_of(source: dict | None, options: ModelOptions, image_shape: tuple[i
     if source is None:
         return convnext_config(options, image_shape)
     config = source["model"]["encoder"] if source["task"] == "pretrain" else source["model"]
+    if options.model not in ("auto", "small", config["name"]):
+        raise RunError(f"model: the weights of init are for {config['name']}, asked for {options.model}")
     if config["in_chans"] != image_shape[0]:
         raise RunError(
             f"channels: the weights of init are for {config['in_chans']}, the pictures have {image_shape[0]}"
@@ -51,17 +53,27 @@ def convnext_of(source: dict | None, options: ModelOptions, image_shape: tuple[i
     return config
 
 
-def normalisation(config: dict | None, train: data.ImageDataset) -> Normalise:
-    """That of the run that the weights come from, else that of the data."""
+def normalisation(config: dict | None, train: data.ImageDataset, foreign: bool = False) -> Normalise:
+    """That of the run that the weights come from, else that of the data.
+
+    Other projects' weights, ``foreign``, of three channels get the mean and deviation of ImageNet that they share.
+    """
     if config is not None and len(config["normalise"]["mean"]) == train.image_shape[0]:
         return Normalise(**config["normalise"])
+    if foreign and train.image_shape[0] == 3:
+        return imagenet_normalisation()
     return Normalise.of(train)
+
+
+def imagenet_normalisation() -> Normalise:
+    """What the published checkpoints of every ConvNeXt were trained with."""
+    return Normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def finish(accelerator, run: Run, model: nn.Module, result: dict[str, Any]) -> None:
     """Writes the weights and the result of a run that is done."""
     if accelerator.is_main_process:
-        write_json(run.path / "result.json", result)
+        write_json(run.path / RESULT, result)
         save_weights(run.path / WEIGHTS, model.state_dict(), run.config)
     accelerator.wait_for_everyone()
 

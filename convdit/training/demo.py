@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from .. import data
 from ..data.errors import require
 from .common import open_data
 from .options import DataOptions
-from .runs import RunError, read_json, write_json
+from .stages import Stages, open_folder, small_size
 
 
 def _settings(**values: Any) -> Any:
@@ -39,7 +36,10 @@ class DemoSettings:
         steps=2400,
         batch_size=32,
         lr=3e-3,
-        clip_grad=0.0,
+        min_lr=3e-5,
+        warmup=120,
+        beta2=0.95,
+        ema=0.999,
         num_heads=2,
         label_init_std=1.0,  # a short run must be told the class loudly
         learn_sigma=False,
@@ -63,6 +63,11 @@ class DemoSettings:
             dit={
                 "steps": 100,
                 "lr": 3e-3,
+                "min_lr": 3e-5,
+                "warmup": 5,
+                "beta2": 0.95,
+                "clip_grad": 1.0,
+                "ema": 0.999,
                 "label_init_std": 0.3,
                 "learn_sigma": False,
                 "latent": True,
@@ -73,30 +78,6 @@ class DemoSettings:
             sampling_steps=10,
             timing_rounds=3,
         )
-
-
-class Stages:
-    """Runs each stage once: its result is kept as JSON in ``out/results`` and taken from there later."""
-
-    def __init__(self, out: Path):
-        self.out = out
-        self.times: dict[str, dict[str, float]] = {}
-
-    def __call__(self, name: str, title: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.out / "results" / f"{name}.json"
-        if path.exists():
-            kept = read_json(path)
-            print(f"[{name}] {title}: done before", flush=True)
-        else:
-            print(f"[{name}] {title}", flush=True)
-            wall, process = time.perf_counter(), time.process_time()
-            result = stage()
-            seconds = {"wall": time.perf_counter() - wall, "process": time.process_time() - process}
-            kept = json.loads(json.dumps({"result": result, "seconds": seconds}))
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, kept)
-        self.times[title] = kept["seconds"]
-        return kept["result"]
 
 
 def demo(
@@ -119,7 +100,7 @@ def demo(
     settings.seed, settings.cpu = seed, cpu
     settings.data = data or settings.data
     splits = _open(settings)
-    out = _folder(Path(out), settings)
+    out = open_folder(Path(out), asdict(settings), "demo")
 
     from . import demo_dit, demo_fcmae
     from .report import write_report
@@ -133,23 +114,9 @@ def demo(
 
 
 def _open(settings: DemoSettings) -> data.Splits:
-    size = None if settings.data in data.EMBEDDED else 32
-    splits = open_data(DataOptions(settings.data, size, held_out=settings.held_out))
+    splits = open_data(DataOptions(settings.data, small_size(settings.data), held_out=settings.held_out))
     classes = len(splits.train.classes)
     settings.labels = max(settings.labels, classes)
     if settings.labels > len(splits.train):
         raise ValueError(f"data: the demo needs at least {settings.labels} training pictures, got {len(splits.train)}")
     return splits
-
-
-def _folder(out: Path, settings: DemoSettings) -> Path:
-    path, wanted = out / "demo.json", json.loads(json.dumps(asdict(settings)))
-    if path.exists():
-        if read_json(path) != wanted:
-            raise RunError(f"{out}: holds a demo with other options: remove it, or choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: exists and is not the folder of a demo: choose another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
-    return out

@@ -21,6 +21,7 @@ from .order import BatchOrder, batches
 from .runs import Run, read_json, write_json
 
 Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+Evaluation = Callable[[nn.Module], dict[str, float]]
 
 
 class TrainingError(RuntimeError):
@@ -48,17 +49,30 @@ def train(
     dataset: ImageDataset,
     options: LoopOptions,
     run: Run,
+    evaluate: Evaluation | None = None,
+    rate: Callable[[str], float] | None = None,
+    show: Callable[[int, nn.Module], None] | None = None,
+    speed: Callable[[float], dict[str, float]] | None = None,
 ) -> nn.Module:
     """Trains ``model`` to the end of ``options.steps``, from the run's last checkpoint if there is one.
 
-    ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise.
+    ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise; a pair (2,) is a
+    weighted sum and its weight, logged as the mean over all that the line stands for, or not where there is none.
+    ``evaluate(model)`` gives figures of the model in evaluation mode; it is called every ``options.evaluate_every``
+    steps and after the last. They are logged, those of the moving average with ``ema_`` before their names, and the
+    last ones stay in ``run.evaluation``. It must leave the global random state alone.
+    ``rate(name)`` is the factor of the learning rate of a parameter.
+    ``show(step, model)`` is called in the main process every ``options.evaluate_every`` steps and after the last, with
+    the moving average if there is one, and must leave the global random state alone, too.
+    ``speed(images_per_s)`` gives further figures of throughput for the log.
     Returns the moving average where ``options.ema`` is above 0, else the model, in evaluation mode.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the checkpoint of the last step is written.
         TrainingError: the loss stopped being finite.
     """
-    trainer = _Trainer(accelerator, model, objective, options, run)
+    options = options.resolved(len(dataset))
+    trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()
     if done < options.steps:
         model.train()
@@ -67,14 +81,14 @@ def train(
 
 
 class _Trainer:
-    def __init__(self, accelerator, model, objective, options, run):
-        self.accelerator, self.objective = accelerator, objective
+    def __init__(self, accelerator, model, objective, options, run, evaluate, rate, show, speed):
+        self.accelerator, self.objective, self.evaluate = accelerator, objective, evaluate
+        self.show, self.speed = show, speed
         self.options, self.run = options, run
         # Copied before accelerate wraps the forward of the model for mixed precision.
         self.ema = moving_average(model, options.ema).to(accelerator.device) if options.ema else None
-        optimizer = adamw(model, options.lr, options.weight_decay, options.beta2)
-        warmup = options.steps // 20 if options.warmup is None else options.warmup
-        self.schedule = warmup_cosine(optimizer, warmup, options.steps)
+        optimizer = adamw(model, options.lr, options.weight_decay, options.beta2, rate)
+        self.schedule = warmup_cosine(optimizer, options.warmup, options.steps, options.min_lr / options.lr)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.seconds = 0.0
 
@@ -89,7 +103,7 @@ class _Trainer:
         state = read_json(folder / "trainer.json")
         self.accelerator.load_state(str(folder))
         self.schedule.load_state_dict(state["schedule"])
-        self.seconds = state["seconds"]
+        self.seconds, self.run.evaluation = state["seconds"], state.get("evaluation", {})
         if self.ema:
             load_file = require("safetensors.torch", "loading weights").load_file
             self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
@@ -101,6 +115,7 @@ class _Trainer:
             self.accelerator.save_state(str(folder))
             if self.accelerator.is_main_process:
                 state = {"schedule": self.schedule.state_dict(), "seconds": self.seconds}
+                state["evaluation"] = self.run.evaluation
                 write_json(folder / "trainer.json", state)
                 if self.ema:
                     save_file = require("safetensors.torch", "saving weights").save_file
@@ -130,17 +145,24 @@ class _Trainer:
                     self._micro_step(*next(stream), totals)
                 bar.update(options.batch_size)
                 saving = step % options.save_every == 0 or step == options.steps
-                logging = step % options.log_every == 0
-                stopping = self._stop(signals, world, logging)
+                every = options.evaluate_every
+                evaluating = step == options.steps or (every and step % every == 0)
+                evaluating = evaluating and (self.evaluate or self.show)
+                logging = step % options.log_every == 0 or evaluating
+                stopping = self._stop(signals, world, step % options.log_every == 0)
                 if saving or logging or stopping:
                     now = time.perf_counter()
                     self.seconds += now - began
                     rate = (step - since) * options.batch_size / (now - began)
                     values = self._log(step, totals, (step - since) * share, rate)
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+                    shown = {k: f"{v:.4g}" for k, v in values.items() if totals[k].ndim == 0}
+                    bar.set_postfix(shown, refresh=False)
                     totals, since, began = {}, step, time.perf_counter()
+                if evaluating:
+                    self._evaluate(step)
                 if saving or stopping:
                     self.save(step)
+                if evaluating or saving or stopping:
                     self.seconds += time.perf_counter() - began
                     began = time.perf_counter()
                 if stopping and step < options.steps:
@@ -168,6 +190,20 @@ class _Trainer:
             value = value.detach()
             totals[name] = totals[name] + value if name in totals else value
 
+    def _evaluate(self, step: int) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.show and self.accelerator.is_main_process:
+            self.show(step, (self.ema.module if self.ema else model).eval())
+            model.train()
+        if not self.evaluate:
+            return
+        figures = dict(self.evaluate(model.eval()))
+        model.train()
+        if self.ema:
+            figures |= {f"ema_{name}": value for name, value in self.evaluate(self.ema.module.eval()).items()}
+        self.run.evaluation = figures
+        self.run.log({"step": step, **figures})
+
     def _stop(self, signals: StopSignals, world: int, meeting: bool) -> int:
         """The signal received, or 0. Several processes agree on it where they meet to log."""
         if world == 1:
@@ -178,14 +214,19 @@ class _Trainer:
         return int(self.accelerator.gather(received).max())
 
     def _log(self, step: int, totals: dict, count: int, rate: float) -> dict[str, float]:
-        values = {name: float(self.accelerator.reduce(total / count, "mean")) for name, total in totals.items()}
+        means = {name: self.accelerator.reduce(total / count, "mean").tolist() for name, total in totals.items()}
+        pairs = {name: mean for name, mean in means.items() if isinstance(mean, list)}
+        values = {name: mean for name, mean in means.items() if name not in pairs}
+        values |= {name: sum_ / weight for name, (sum_, weight) in pairs.items() if weight > 0}
         if not all(math.isfinite(value) for value in values.values()):
             raise TrainingError(
                 f"step {step}: the loss is not finite ({values}); try a lower --lr. "
                 f"The last checkpoint in {self.run.path} is from before that"
             )
-        entry = {"step": step, **values, "lr": self.schedule.get_last_lr()[0]}
+        entry = {"step": step, **values, "lr": max(self.schedule.get_last_lr())}
         entry |= {"seconds": round(self.seconds, 3), "images_per_s": round(rate, 1)}
+        if self.speed:
+            entry |= self.speed(rate)
         self.run.log(entry)
         return values
 

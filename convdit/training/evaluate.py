@@ -33,9 +33,27 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
     return encoder.forward_intermediates(images)[-1].mean((2, 3))
 
 
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Share of rows of (N, K) whose largest value is at the label."""
-    return float((scores.argmax(1) == labels).double().mean())
+def accuracy(scores: Tensor, labels: Tensor, top: int = 1) -> float:
+    """Share of rows of (N, K) that have the label's value among their ``top`` largest."""
+    best = scores.topk(min(top, scores.shape[1]), 1).indices
+    return float((best == labels[:, None]).any(1).double().mean())
+
+
+def nearest_neighbours(
+    features: Tensor, known: Tensor, labels: Tensor, classes: int, neighbours: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """Votes (N, classes) for features (N, C), by the ``neighbours`` of (M, C) most alike by cosine.
+
+    A vote weighs exp(cosine / temperature), as in Wu et al. 2018 (arXiv:1805.01978). Fewer than ``neighbours``
+    known features: all of them vote.
+    """
+    features, known = F.normalize(features.float(), dim=1), F.normalize(known.float(), dim=1)
+    votes = []
+    for part in features.split(1024):
+        likeness, nearest = (part @ known.T).topk(min(neighbours, len(known)), 1)
+        weights = (likeness / temperature).exp()
+        votes.append(weights.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weights))
+    return torch.cat(votes)
 
 
 class LinearProbe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,10 +30,15 @@ class BatchOrder:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch // self.world
         for k in range(self.start, self.stop):
-            first = k * self.batch + self.rank * share
-            yield [self._at(place) for place in range(first, first + share)]
+            yield self.share(k)[0]
+
+    def share(self, k: int) -> tuple[list[int], int]:
+        """This process's pictures of batch k, and a seed that no other share of any batch has."""
+        share = self.batch // self.world
+        first = k * self.batch + self.rank * share
+        seed = np.random.SeedSequence([self.seed, first]).generate_state(1, np.uint64)[0]
+        return [self._at(place) for place in range(first, first + share)], int(seed >> np.uint64(1))
 
     def _at(self, place: int) -> int:
         number, offset = divmod(place, self.size)
@@ -46,18 +52,18 @@ class BatchOrder:
 class _WholeBatches(torch.utils.data.Dataset):
     """Lets a DataLoader fetch a batch with one indexing operation, in a worker process or not."""
 
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ImageDataset, order: BatchOrder):
+        self.dataset, self.order = dataset, order
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.dataset.batch(indices)
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.dataset.draw(*self.order.share(k))
 
 
 def batches(dataset: ImageDataset, order: BatchOrder, workers: int = 0) -> DataLoader:
     """A DataLoader of (images, labels) in this order. It draws no global random numbers."""
     return DataLoader(
-        _WholeBatches(dataset),
-        sampler=order,
+        _WholeBatches(dataset, order),
+        sampler=range(order.start, order.stop),
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import build
+from .augment import augmented
 from .common import finish, open_data
 from .engine import start, train
 from .options import DataOptions, PretrainOptions, saved
@@ -23,6 +24,8 @@ def pretrain(options: PretrainOptions, out: str | Path, resume: bool = False) ->
     size = splits.train.image_shape[1]
     model_config = build.fcmae_config(options, splits.train.image_shape)
     model = build.fcmae(model_config)
+    if not options.grn:
+        build.switch_off_grn(model.encoder)
     normalise = Normalise.of(splits.train)
     config = {
         "task": "pretrain",
@@ -32,11 +35,12 @@ def pretrain(options: PretrainOptions, out: str | Path, resume: bool = False) ->
     }
     run = Run(out, config, resume, accelerator.is_main_process)
     kind = options.augmentation(size)
+    training = augmented(splits.train, kind, options.crop_scale)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"loss": model(normalise(augment(images, kind))).loss}
 
-    model = train(accelerator, model, objective, splits.train, options, run)
+    model = train(accelerator, model, objective, training, options, run)
     finish(accelerator, run, model, {"test_loss": _test_loss(model, splits.test, normalise)})
     return model
 

@@ -42,14 +42,31 @@ def write_report(
         _pretraining(results, out),
         _transfer(settings, splits, results, out),
         _diffusion(settings, results, out),
-        _times(times),
+        times_table(times),
     ]
+    return write_page(path, "convdit demo", parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
+    """One HTML file of these parts."""
     page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>convdit demo</title>"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
+
+
+def machine(times: Mapping[str, Mapping[str, float]], cpu: bool) -> str:
+    """A line on versions, hardware and the time that all stages took."""
+    info = build_info()
+    on_gpu = torch.cuda.is_available() and not cpu
+    return note(
+        f"convdit {info['version']}, PyTorch {torch.__version__}, "
+        f"{html.escape(torch.cuda.get_device_name() if on_gpu else platform.machine())}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"CPU level {info['cpu_level']}; {sum(t['wall'] for t in times.values()):.0f} s in all."
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -64,41 +81,32 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "<table>" + "".join(lines) + "</table>"
 
 
-def _caption(text: str) -> str:
+def note(text: str) -> str:
     return f"<p class='caption'>{text}</p>"
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _log_curve(run: Path, key: str) -> tuple[list[float], list[float]]:
+def log_curve(run: Path, key: str) -> tuple[list[float], list[float]]:
     entries = [e for e in read_log(run) if key in e]
     return [e["step"] for e in entries], [e[key] for e in entries]
 
 
 def _head(settings: DemoSettings, splits: data.Splits, times: Mapping[str, Mapping[str, float]]) -> str:
-    info = build_info()
-    total = sum(t["wall"] for t in times.values())
     shape = "×".join(map(str, splits.train.image_shape))
-    on_gpu = torch.cuda.is_available() and not settings.cpu
-    caption = _caption(
-        f"convdit {info['version']}, PyTorch {torch.__version__}, "
-        f"{html.escape(torch.cuda.get_device_name() if on_gpu else platform.machine())}, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"CPU level {info['cpu_level']}; {total:.0f} s in all."
-    )
     return f"""<h1>convdit demo</h1>
 <p>A ConvNeXt V2 pre-trained by FCMAE on sparse convolutions and fine-tuned with few labels; a
 diffusion transformer trained and sampled. All on <b>{html.escape(Path(settings.data).name)}</b>:
 {len(splits.train)} training and {len(splits.test)} held-out pictures of {len(splits.train.classes)}
 classes, {shape}; no test picture was trained on.</p>
-{caption}"""
+{machine(times, settings.cpu)}"""
 
 
 def _pretraining(results: Mapping[str, Any], out: Path) -> str:
     found, steps, dense = results["pretrain"], results["steps"], results["convert"]
-    log = _log_curve(out / "runs" / "pretrain", "loss")
+    log = log_curve(out / "runs" / "pretrain", "loss")
     exact = "bit for bit" if dense["round_trip_exact"] else "<b>NOT exactly</b>"
     true_mean = (
         "Each hidden patch is predicted up to its mean and deviation, which are taken from the "
@@ -106,7 +114,7 @@ def _pretraining(results: Mapping[str, Any], out: Path) -> str:
         if found["norm_pix_loss"]
         else ""
     )
-    pictures = _caption(
+    pictures = note(
         "Held-out pictures in threes: original, what the encoder sees, what the model fills in. "
         f"{true_mean}Mean squared error on hidden pixels: {found['hidden_error']:.4f}; filling each "
         f"hidden patch with its true mean gives {found['hidden_error_patch_mean']:.4f}."
@@ -119,7 +127,7 @@ def _pretraining(results: Mapping[str, Any], out: Path) -> str:
             ["dense convolutions on masked maps", 1e3 * steps["dense"]],
         ],
     )
-    ratio = _caption(
+    ratio = note(
         "Forward and backward, the same weights, masks and result, measured in turns: sparse takes "
         f"{steps['sparse'] / steps['dense']:.2f} of the time of dense."
     )
@@ -147,14 +155,14 @@ def _transfer(settings: DemoSettings, splits: data.Splits, results: Mapping[str,
     }
     kinds = (("linear probe", probe), ("fine-tuning", tuned))
     rows = [
-        [kind, names[key], ", ".join(f"{v:.3f}" for v in values), _mean(values)]
+        [kind, names[key], ", ".join(f"{v:.3f}" for v in values), mean(values)]
         for kind, found in kinds
         for key, values in found.items()
     ]
     chart = {f"{kind}\n{key}": found[key] for kind, found in kinds for key in found}
     runs = {"pre-trained": "finetune-pre-trained-0", "random weights": "finetune-random-0"}
-    logs = {name: _log_curve(out / "runs" / run, "loss") for name, run in runs.items()}
-    caption = _caption(
+    logs = {name: log_curve(out / "runs" / run, "loss") for name, run in runs.items()}
+    caption = note(
         f"Measured on {len(splits.test)} held-out pictures; a dot is a seed (another choice of "
         "labels and, for random weights, other weights). The probe averages each feature over the "
         "picture, which throws position away; raw pixels keep it, and are shown so that nobody "
@@ -174,14 +182,14 @@ def _diffusion(settings: DemoSettings, results: Mapping[str, Any], out: Path) ->
     rows = [[n, r["accuracy"], r["frechet"], r["pictures"]] for n, r in results["samples"].items()]
     space = "latents of a small autoencoder" if settings.dit["latent"] else "pixels"
     grids = "".join(
-        f"<div>{picture(out / name, 320)}{_caption(text)}</div>"
+        f"<div>{picture(out / name, 320)}{note(text)}</div>"
         for name, text in (
             ("samples-guidance-1.png", "samples, no guidance"),
             ("samples-guidance-2.png", "samples, guidance 2"),
             ("real.png", "held-out real pictures"),
         )
     )
-    caption = _caption(
+    caption = note(
         "The judge is a classifier trained on the real training pictures (held-out accuracy "
         f"{results['judge']['accuracy']:.3f}). Class accuracy: the share that it takes for the class "
         "asked for. Fréchet distance: to the training pictures, in the judge's features. The rows of "
@@ -189,7 +197,7 @@ def _diffusion(settings: DemoSettings, results: Mapping[str, Any], out: Path) ->
         "FID of publications, which uses another network. Guidance above 1 trades variety for clear "
         "classes, which can raise the distance."
     )
-    log = _log_curve(out / "runs" / "dit", "loss")
+    log = log_curve(out / "runs" / "dit", "loss")
     return f"""<h2>3. A diffusion transformer</h2>
 <p>A DiT with adaLN-Zero ({results["dit"]["parameters"]:,} parameters), trained on {space} to remove
 noise, given the class; sampled with {settings.sampling_steps} DDIM steps. A row of a grid is a class;
@@ -200,7 +208,7 @@ nothing was picked by hand.</p>
 <div class='row'>{curves({"training loss": log}, "step", "loss", log=True)}</div>"""
 
 
-def _times(times: Mapping[str, Mapping[str, float]]) -> str:
+def times_table(times: Mapping[str, Mapping[str, float]]) -> str:
     rows = [[name, f"{t['wall']:.1f}", f"{t['process']:.1f}"] for name, t in times.items()]
     totals = [f"{sum(t[key] for t in times.values()):.1f}" for key in ("wall", "process")]
     return "<h2>Time</h2>" + table(["stage", "seconds", "of processor time"], [*rows, ["all", *totals]])

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.errors import require
 
 CONFIG, LOG, WEIGHTS, CHECKPOINTS = "config.json", "log.jsonl", "model.safetensors", "checkpoints"
+RESULT = "result.json"
 _METADATA = "convdit"
 
 
@@ -66,12 +67,14 @@ def save_weights(path: Path, state: dict[str, Tensor], config: dict) -> None:
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], dict | None]:
-    """The state_dict of a run folder or of a file, and the configuration it came with (or None).
+    """The state_dict of a run folder, a file or a name on the hub, and the configuration it came with (or None).
 
     Files are read by ``checkpoints.load``: safetensors, or torch files without running pickled code.
     """
     from .. import checkpoints
 
+    if checkpoints.is_hub_name(source):
+        return checkpoints.load(source), None
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS
@@ -105,9 +108,13 @@ class Run:
 
     def __init__(self, out: str | Path, config: dict, resume: bool = False, main: bool = True) -> None:
         self.path, self.main = Path(out), main
+        self.evaluation: dict[str, float] = {}  # the last figures of the model in training
         self.config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
         if not main:  # the main process checks and writes for all
             return
+        for name in (CONFIG, LOG, WEIGHTS, RESULT):  # of a process killed while it wrote
+            for leftover in self.path.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         exists = (self.path / CONFIG).exists()
         if exists and not resume:
             raise RunError(f"{out}: holds a run already: add --resume, or choose another --out")

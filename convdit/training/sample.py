@@ -12,19 +12,18 @@ from torch import Tensor, nn
 
 from ..diffusion import GaussianDiffusion
 from . import build
-from .autoencoder import Autoencoder
+from .codecs import decoder
 from .common import device_of
 from .pictures import grid, save_png
 from .runs import RunError, read_weights, write_whole
 
 STEPS = 1000  # of the diffusion process, in training
-AUTOENCODER = "autoencoder"  # folder of its run, inside that of the DiT
 
 
 class PictureMaker:
-    """A DiT with the autoencoder, if any, that turns its latents into pictures."""
+    """A DiT (or its rival, a U-Net) with the autoencoder, if any, that turns its latents into pictures."""
 
-    def __init__(self, dit: nn.Module, autoencoder: Autoencoder | None, config: dict[str, Any]):
+    def __init__(self, dit: nn.Module, autoencoder: nn.Module | None, config: dict[str, Any]):
         self.dit = dit.eval()
         self.autoencoder = None if autoencoder is None else autoencoder.eval()
         self.config = config
@@ -38,14 +37,9 @@ class PictureMaker:
         device = device_of(cpu)
         dit = build.dit(config["model"])
         dit.load_state_dict(state)
-        autoencoder = None
-        if config["latent"]:
-            folder = Path(source) if Path(source).is_dir() else Path(source).parent
-            state, inner = read_weights(folder / AUTOENCODER)
-            if inner is None or inner.get("task") != "autoencoder":
-                raise RunError(f"{folder / AUTOENCODER}: not the weights of an autoencoder")
-            autoencoder = Autoencoder(**inner["model"]).to(device)
-            autoencoder.load_state_dict(state)
+        autoencoder = decoder(config, Path(source) if Path(source).is_dir() else Path(source).parent)
+        if autoencoder is not None:
+            autoencoder.to(device)
         return cls(dit.to(device), autoencoder, config)
 
     @property
@@ -67,7 +61,7 @@ class PictureMaker:
 
         ``guidance`` is the scale of classifier-free guidance on all channels; 1 is none.
         """
-        device = self.dit.pos_embed.device
+        device = next(self.dit.parameters()).device
         start = torch.Generator().manual_seed(seed)  # the same noise on every device
         later = torch.Generator(device).manual_seed(seed + 1)
         parts = []

@@ -1,8 +1,7 @@
-"""Training of a diffusion transformer, on pixels or on the latents of a small autoencoder."""
+"""Training of a diffusion transformer, on pixels, on latents made on the way, or on a cache of latents."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -11,71 +10,106 @@ from torch import Tensor, nn
 from .. import data
 from ..diffusion import GaussianDiffusion
 from . import build
+from .augment import augmented
 from .autoencoder import Autoencoder
+from .codecs import AUTOENCODER, decoder, train_autoencoder
 from .common import finish, open_data
 from .engine import start, train
-from .options import DiTOptions, LoopOptions, saved
+from .latents import LatentDataset, is_cache
+from .options import DiTOptions, saved
+from .pictures import grid, save_png
 from .runs import Run
-from .sample import AUTOENCODER, STEPS, PictureMaker
+from .sample import STEPS, PictureMaker
+from .speed import utilisation
 from .transforms import augment
+
+_BUCKETS = 4  # of timesteps, for the log
+_SAMPLES = 4  # a class, on the way
 
 
 def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> PictureMaker:
-    """Trains a DiT in the run folder ``out`` (its autoencoder, with ``latent``, in a folder inside)."""
+    """Trains a DiT in the run folder ``out`` (its autoencoder, with ``latent``, in a folder inside).
+
+    The log has the loss by quarter of the timesteps ("loss_t0_249", ...), throughput and model FLOP utilisation. With
+    ``evaluate_every``, samples of the moving average lie in ``out/samples``, from the same noise every time.
+    """
     accelerator = start(options)
-    splits = open_data(options)
-    channels, height, width = shape = splits.train.image_shape
+    dataset = _open(options)
+    channels, height, width = shape = dataset.image_shape
+    if height != width:
+        raise ValueError(f"image_size: expected square pictures or latents, got {height}x{width}")
+    cache = dataset if isinstance(dataset, LatentDataset) else None
     if options.latent:
-        if height % 4 or width % 4:
+        if height % 4:
             raise ValueError(f"image_size: {height} does not divide by 4, as --latent needs")
         shape = (Autoencoder().latent_channels, height // 4, width // 4)
-    model_config = build.dit_config(options, shape, len(splits.train.classes))
+    model_config = build.dit_config(options, shape, len(dataset.classes))
     model = build.dit(model_config)
     config = {
         "task": "train-dit",
         "options": saved(options),
         "model": model_config,
-        "classes": splits.train.classes,
-        "latent": options.latent,
+        "classes": dataset.classes,
+        "latent": options.latent or bool(cache and cache.result["latent"]),
+        "vae": cache.result["vae"] if cache else None,
         "schedule": options.schedule,
-        "channels": channels,
+        "channels": cache.result["channels"] if cache else channels,
     }
     run = Run(out, config, resume, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     autoencoder = None
     if options.latent:
-        autoencoder = _train_autoencoder(options, splits.train, run.path / AUTOENCODER)
+        autoencoder = train_autoencoder(options, options.autoencoder_steps, dataset, run.path / AUTOENCODER)
+    if cache and accelerator.is_main_process:
+        cache.copy_autoencoder(run.path)
+    accelerator.wait_for_everyone()
+    decode = autoencoder if cache is None else decoder(config, run.path)
+    if decode is not None:
+        decode.to(accelerator.device)
     diffusion = GaussianDiffusion(STEPS, options.schedule, learn_sigma=options.learn_sigma)
     kind = options.augmentation(height)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        x = 2 * augment(images, kind) - 1
+        x = images if cache else 2 * augment(images, kind) - 1
         if autoencoder is not None:
             with torch.no_grad():
                 x = autoencoder.encode(x)
         t = torch.randint(0, STEPS, (len(x),), device=x.device)
         losses = diffusion.training_losses(model, x, t, y=labels)
-        return {name: value.mean() for name, value in losses.items()}
+        values = {name: value.mean() for name, value in losses.items()}
+        return values | by_timestep(losses["loss"].detach(), t)
 
-    model = train(accelerator, model, objective, splits.train, options, run)
+    def show(step: int, model: nn.Module) -> None:
+        labels = torch.arange(min(10, len(dataset.classes))).repeat_interleave(_SAMPLES)
+        maker = PictureMaker(model, decode, run.config)
+        pictures = maker.sample(labels, options.sample_guidance, options.sample_steps, seed=options.seed)
+        (run.path / "samples").mkdir(exist_ok=True)
+        zoom = max(1, 64 // pictures.shape[-1])
+        save_png(run.path / "samples" / f"step-{step:08d}.png", grid(pictures, columns=_SAMPLES, zoom=zoom))
+
+    one = (torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    peak = options.peak_tflops and options.peak_tflops * 1e12
+    precision, world = accelerator.mixed_precision, accelerator.num_processes
+    speed = utilisation(model, one, accelerator.device, precision, world, peak)
+    training = dataset if cache else augmented(dataset, kind, options.crop_scale)
+    shown = show if options.evaluate_every else None
+    model = train(accelerator, model, objective, training, options, run, show=shown, speed=speed)
     finish(accelerator, run, model, {})
-    return PictureMaker(model, autoencoder, run.config)
+    return PictureMaker(model, decode, run.config)
 
 
-def _train_autoencoder(options: DiTOptions, dataset: data.ImageDataset, out: Path) -> Autoencoder:
-    loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
-    loop = replace(loop, steps=options.autoencoder_steps, lr=2e-3, ema=0.0, weight_decay=0.0)
-    accelerator = start(loop)
-    model = Autoencoder(dataset.image_shape[0])
-    config = {
-        "task": "autoencoder",
-        "options": saved(loop),
-        "model": {"channels": dataset.image_shape[0]},
-    }
-    run = Run(out, config, resume=out.exists(), main=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    model = train(accelerator, model, lambda model, images, labels: model(2 * images - 1), dataset, loop, run)
-    images, _ = dataset.batch(torch.linspace(0, len(dataset) - 1, min(1000, len(dataset))).long())
-    model.measure(2 * images.to(accelerator.device) - 1)
-    finish(accelerator, run, model, {})
-    return model
+def by_timestep(loss: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """For each quarter of the timesteps, the sum of the losses (N,) whose t (N,) lies in it, and their number."""
+    width = STEPS // _BUCKETS
+    member = torch.nn.functional.one_hot(t // width, _BUCKETS).to(loss.dtype)
+    pairs = torch.stack([loss @ member, member.sum(0)], 1)
+    return {f"loss_t{i * width}_{(i + 1) * width - 1}": pair for i, pair in enumerate(pairs)}
+
+
+def _open(options: DiTOptions) -> data.ImageDataset:
+    if not is_cache(options.data):
+        return open_data(options).train
+    for name, plain in (("latent", False), ("augment", "none"), ("image_size", None), ("channels", None)):
+        if getattr(options, name) != plain:
+            raise ValueError(f"{name}: {options.data} holds latents, which take none, got {getattr(options, name)!r}")
+    return LatentDataset(options.data)

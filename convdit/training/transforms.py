@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import ImageDataset
+from .augment import RESIZED_CROP
 
 
 class Normalise:
@@ -37,9 +38,10 @@ def augment(images: Tensor, kind: str) -> Tensor:
     """Random geometry, another draw for each picture of (B, C, H, W).
 
     ``none``; ``shift``: a tenth of the width and of the scale, zeros come in, no mirror image (for
-    digits); ``crop``: 40 to 100 % of the area, mirrored half the time (for photographs).
+    digits); ``crop``: 40 to 100 % of the area, mirrored half the time (for photographs). ``resized_crop`` is done
+    where pictures are read, see `augment.AugmentedDataset`.
     """
-    if kind == "none":
+    if kind in ("none", RESIZED_CROP):
         return images
     count = len(images)
 

@@ -50,30 +50,43 @@ __global__ void pack_weights(const A* weight, int64_t taps, int64_t channels, in
   }
 }
 
-// parts (count, taps + 1, row), the last row of each for the bias, to grad_weight (C, taps) and grad_bias (C): 32 channels of one
-// tap a block, a warp every eighth part.
+// parts (count, taps + 1, row), the last row of each for the bias, to grad_weight (C, taps) and grad_bias (C): 32 channels of a few
+// taps a block, a warp every eighth part. Results go through shared memory, so that a warp writes runs of neighbouring taps.
+constexpr int kTapsTogether = 7;
 template <class A>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kNoSpills)
     add_weight_parts(const A* parts, int64_t count, int64_t taps, int64_t channels, int64_t row, A* grad_weight, A* grad_bias) {
   constexpr int warps = kSumThreads / kWarp;
-  __shared__ A scratch[kSumThreads];
+  constexpr int n = kTapsTogether;
+  __shared__ A scratch[n * kSumThreads];
+  __shared__ A sums[kWarp * n];
   const int64_t groups = (channels + kWarp - 1) / kWarp;
-  for (int64_t task = blockIdx.x; task < (taps + 1) * groups; task += gridDim.x) {
-    const int64_t tap = task / groups, c = task % groups * kWarp + threadIdx.x % kWarp;
-    A sum[1] = {};
+  for (int64_t task = blockIdx.x; task < (taps + n) / n * groups; task += gridDim.x) {
+    const int64_t first = task / groups * n, c0 = task % groups * kWarp, c = c0 + threadIdx.x % kWarp;
+    A sum[n] = {};
     if (c < channels)
-      for (int64_t part = threadIdx.x / kWarp; part < count; part += warps) sum[0] += parts[(part * (taps + 1) + tap) * row + c];
+      for (int64_t part = threadIdx.x / kWarp; part < count; part += warps)
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+          if (first + i <= taps) sum[i] += parts[(part * (taps + 1) + first + i) * row + c];
     sum_groups(sum, kWarp, warps, scratch);
-    if (threadIdx.x >= kWarp || c >= channels) continue;
-    if (tap < taps) grad_weight[c * taps + tap] = sum[0];
-    else grad_bias[c] = sum[0];
+    if (threadIdx.x < kWarp) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) sums[threadIdx.x * n + i] = sum[i];
+    }
+    __syncthreads();
+    const int64_t channel = c0 + threadIdx.x / n, tap = first + threadIdx.x % n;
+    if (threadIdx.x < kWarp * n && channel < channels) {
+      if (tap < taps) grad_weight[channel * taps + tap] = sums[threadIdx.x];
+      if (tap == taps) grad_bias[channel] = sums[threadIdx.x];
+    }
   }
 }
 
 template <class A>
 int launch_add_weight_parts(const void* parts, int64_t count, int64_t taps, int64_t channels, int64_t row, void* grad_weight,
                             void* grad_bias, cudaStream_t stream) {
-  add_weight_parts<A><<<grid((taps + 1) * ceil_div(channels, kWarp)), kSumThreads, 0, stream>>>(
+  add_weight_parts<A><<<grid(ceil_div(taps + 1, kTapsTogether) * ceil_div(channels, kWarp)), kSumThreads, 0, stream>>>(
       static_cast<const A*>(parts), count, taps, channels, row, static_cast<A*>(grad_weight), static_cast<A*>(grad_bias));
   return launch_status();
 }

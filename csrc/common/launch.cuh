@@ -8,9 +8,16 @@
 
 namespace convdit::cuda {
 
-// A kernel loops over its tasks with the grid as stride, so a grid may be smaller than the number of tasks.
+// Blocks a multiprocessor, for __launch_bounds__: left to itself ptxas spills a few bytes to make room for one block more.
+constexpr int kNoSpills = 1;
+
+// A kernel loops over its tasks with the grid as stride, so a grid may be smaller than the number of tasks. Tests set a small
+// limit, to see that they do.
+#ifndef CONVDIT_MOST_BLOCKS
+#define CONVDIT_MOST_BLOCKS 0x7fffffff
+#endif
 inline unsigned grid(int64_t tasks) {
-  constexpr int64_t kMost = 0x7fffffff;
+  constexpr int64_t kMost = CONVDIT_MOST_BLOCKS;
   return static_cast<unsigned>(tasks < kMost ? tasks : kMost);
 }
 

@@ -35,12 +35,11 @@ __global__ void __launch_bounds__(kNormThreads) norm_runs(NormForward p, int64_t
     float shift[N][V] = {}, scale[N][V] = {}, gate[N][V] = {};
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (column(n) >= width) continue;
-      const int64_t at = sample * width + column(n);
-      if (p.y) load(static_cast<const float*>(p.gate) + at, V, true, gate[n]);
+      const int64_t begin = sample * width;
+      if (p.y) load_row(static_cast<const float*>(p.gate) + begin, column(n), width, gate[n]);
       if (!p.out) continue;
-      load(static_cast<const float*>(p.shift) + at, V, true, shift[n]);
-      load(static_cast<const float*>(p.scale) + at, V, true, scale[n]);
+      load_row(static_cast<const float*>(p.shift) + begin, column(n), width, shift[n]);
+      load_row(static_cast<const float*>(p.scale) + begin, column(n), width, scale[n]);
 #pragma unroll
       for (int k = 0; k < V; ++k) scale[n][k] += static_cast<float>(p.unit);
     }

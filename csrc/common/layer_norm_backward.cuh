@@ -28,10 +28,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_runs_backward(NormBackward 
     float sum[3][N][V] = {}, scale[N][V] = {}, gate[N][V] = {};
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (column(n) >= width) continue;
-      if (p.y) load(static_cast<const float*>(p.gate) + sample * width + column(n), V, true, gate[n]);
+      if (p.y) load_row(static_cast<const float*>(p.gate) + sample * width, column(n), width, gate[n]);
       if (!p.grad_out) continue;
-      load(static_cast<const float*>(p.scale) + sample * width + column(n), V, true, scale[n]);
+      load_row(static_cast<const float*>(p.scale) + sample * width, column(n), width, scale[n]);
 #pragma unroll
       for (int k = 0; k < V; ++k) scale[n][k] += static_cast<float>(p.unit);
     }
@@ -89,8 +88,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_runs_backward(NormBackward 
     for (int i = 0; i < 3; ++i)
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        if (i < p.sums && column(n) < width)
-          store(static_cast<float*>(p.workspace) + (task * p.sums + i) * width + column(n), V, true, sum[i][n]);
+        if (i < p.sums) store_row(static_cast<float*>(p.workspace) + (task * p.sums + i) * width, column(n), width, sum[i][n]);
   }
 }
 

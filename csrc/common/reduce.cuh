@@ -40,13 +40,13 @@ __device__ __forceinline__ void block_sums(A (&values)[N], A* scratch) {
 }
 
 // Threads of a block as `groups` groups of `width` threads: adds up what the threads of the same place in each group hold. The
-// result is right in group 0. `scratch` is shared memory for N values a thread. All threads must call it.
+// result is right in group 0. `scratch` is shared memory for N values a thread. All threads must call it. With one group, or more
+// than two, no step writes what another thread may still read: the last one reads the second group's values alone.
 template <int N, class A>
 __device__ __forceinline__ void sum_groups(A (&values)[N], int width, int groups, A* scratch) {
   const int group = threadIdx.x / width, stride = blockDim.x;
   for (int count = groups, half; count > 1; count = half) {
     half = (count + 1) / 2;
-    __syncthreads();  // the sums before may still be read
     if (group >= half && group < count) {
 #pragma unroll
       for (int k = 0; k < N; ++k) scratch[k * stride + threadIdx.x] = values[k];

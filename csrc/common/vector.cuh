@@ -124,4 +124,57 @@ __device__ __forceinline__ void store(T* p, int64_t n, bool whole, const accum_t
   }
 }
 
+// The same of a row of float whose length is a multiple of N, N = 4 or 8; `column` is N times the thread's place in it. With N = 8
+// two neighbouring lanes take each half of their 64 bytes together, so that no request takes half a sector. All lanes of a warp must
+// call these; beyond the row they give 0 and write nothing.
+__device__ __forceinline__ void swap_halves(const float (&a)[4], const float (&b)[4], float (&first)[4], float (&second)[4]) {
+  const bool odd = threadIdx.x % 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float got = __shfl_xor_sync(0xffffffffu, odd ? a[i] : b[i], 1);
+    first[i] = odd ? got : a[i], second[i] = odd ? b[i] : got;
+  }
+}
+struct PairOfLanes {  // where this lane's two accesses of 4 lie, and whether
+  int64_t first, second;
+  bool has_first, has_second;
+  __device__ __forceinline__ PairOfLanes(int64_t column, int64_t width) {
+    const int odd = threadIdx.x % 2;
+    first = column - 4 * odd, second = first + 8;
+    has_first = column - 8 * odd < width, has_second = column - 8 * odd + 8 < width;
+  }
+};
+template <int N>
+__device__ __forceinline__ void load_row(const float* row, int64_t column, int64_t width, float (&to)[N]) {
+  static_assert(N == 4 || N == 8);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = 0;
+  if constexpr (N == 4) {
+    if (column < width) load(row + column, N, true, to);
+  } else {
+    const PairOfLanes at(column, width);
+    float a[4] = {}, b[4] = {}, low[4], high[4];
+    if (at.has_first) load(row + at.first, 4, true, a);
+    if (at.has_second) load(row + at.second, 4, true, b);
+    swap_halves(a, b, low, high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = low[i], to[4 + i] = high[i];
+  }
+}
+template <int N>
+__device__ __forceinline__ void store_row(float* row, int64_t column, int64_t width, const float (&from)[N]) {
+  static_assert(N == 4 || N == 8);
+  if constexpr (N == 4) {
+    if (column < width) store(row + column, N, true, from);
+  } else {
+    const PairOfLanes at(column, width);
+    float low[4], high[4], a[4], b[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) low[i] = from[i], high[i] = from[4 + i];
+    swap_halves(low, high, a, b);
+    if (at.has_first) store(row + at.first, 4, true, a);
+    if (at.has_second) store(row + at.second, 4, true, b);
+  }
+}
+
 }  // namespace convdit::cuda

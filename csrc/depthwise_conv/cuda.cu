@@ -38,16 +38,18 @@ struct Tile {
       const int64_t w = column + x, top = first < 0 ? 0 : first;
       const bool inside = w >= 0 && w < map_width && c0 + c < channels;
       const T* from = inside ? map + w * channels + c0 + c : map;
-      T* const to = shared + x * kChannels + c;
       // Rows `begin` to `end` - 1 lie in the map.
       const int begin = inside ? static_cast<int>(top - first) : rows, end = height - first < rows ? static_cast<int>(height - first) : rows;
       const int64_t step = lanes * map_width * channels;
+      const unsigned count = end > begin ? end - begin : 0;
       int y = i / places;
       from += (first + y) * map_width * channels;
-      for (int place = slot + y; y < rows; y += lanes, place += lanes, from += step) {
-        if (place >= slots) place -= slots;
-        const bool valid = y >= begin && y < end;
-        copy_async<16>(to + place * shared_row, valid ? from : map, valid);
+      const unsigned row = shared_row * sizeof(T), ring = slots * row, base = shared_address(shared + x * kChannels + c), end_of_ring = base + ring;
+      unsigned to = base + (slot + y) % slots * row;
+      for (; y < rows; y += lanes, from += step) {
+        copy_async<16>(to, from, static_cast<unsigned>(y - begin) < count);
+        to += lanes * row;
+        if (to >= end_of_ring) to -= ring;
       }
     }
   }
@@ -70,7 +72,7 @@ template <class T, class Tile>
 constexpr int kForwardBytes = Tile::kRingSize * sizeof(T) + kTapCount * kWeightRow * sizeof(float);
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kForwardThreads<T, Tile>) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
+__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
   constexpr int threads = kForwardThreads<T, Tile>, rows = Tile::kUnitRows, columns = Tile::kUnitColumns, across = Tile::kColumns / columns;
   extern __shared__ __align__(16) unsigned char bytes[];
   T* const ring = reinterpret_cast<T*>(bytes);
@@ -126,12 +128,15 @@ __global__ void __launch_bounds__(kForwardThreads<T, Tile>) forward_strips(Depth
       add_row(kTaps, std::false_type{}, std::true_type{});
       if (!exists) continue;
       const int64_t h = h0 + unit_row, w = w0 + unit_column;
-      T* y = static_cast<T*>(p.y) + ((image * p.height + h) * p.width + w) * p.channels + c0 + c;
+      const int inside = p.width - w < columns ? static_cast<int>(p.width - w) : columns;
 #pragma unroll
-      for (int i = 0; i < rows; ++i)
+      for (int i = 0; i < rows; ++i) {
+        if (h + i >= p.height) break;
+        T* y = static_cast<T*>(p.y) + ((image * p.height + h + i) * p.width + w) * p.channels + c0 + c;
 #pragma unroll
-        for (int j = 0; j < columns; ++j)
-          if (h + i < p.height && w + j < p.width) store(y + (i * p.width + j) * p.channels, 2, true, sum[i][j]);
+        for (int j = 0; j < columns; ++j, y += p.channels)
+          if (j < inside) store(y, 2, true, sum[i][j]);
+      }
     }
   }
 }
@@ -149,8 +154,10 @@ __global__ void forward_sites(DepthwiseConv p) {
     for (int64_t i = h < radius ? radius - h : 0; i < p.kernel && h + i - radius < p.height; ++i) {
       const T* row = x + (first_row + h + i - radius) * p.width * p.channels + c;
       const A* weight = static_cast<const A*>(p.packed) + i * p.kernel * row_size + c;
+      A row_sum = 0;  // one long sum over a large kernel would round worse
       for (int64_t j = w < radius ? radius - w : 0; j < p.kernel && w + j - radius < p.width; ++j)
-        sum += widen(row[(w + j - radius) * p.channels]) * weight[j * row_size];
+        row_sum += widen(row[(w + j - radius) * p.channels]) * weight[j * row_size];
+      sum += row_sum;
     }
     static_cast<T*>(p.y)[index] = narrow<T>(sum);
   }
@@ -213,11 +220,12 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeight
       const int rows = p.height - h0 < Tile::kRows ? static_cast<int>(p.height - h0) : Tile::kRows;
 #pragma unroll 1
       for (int y = 0; y < rows; ++y) {
-        float grad[Tile::kColumns];
+        float grad[Tile::kColumns], row_sum[kTaps] = {};  // a row at a time: one long sum would round two or three times as badly
 #pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) {
-          grad[j] = widen(grad_tile[(y * Tile::kColumns + j) * kChannels + c]);
-          bias += grad[j];
+        for (int j = 0; j < Tile::kColumns; ++j) grad[j] = widen(grad_tile[(y * Tile::kColumns + j) * kChannels + c]);
+        if (kernel_row == 0) {  // one warp's work, and the sum of no other is written
+#pragma unroll
+          for (int j = 0; j < Tile::kColumns; ++j) bias += grad[j];
         }
         const int place = (slot + y + kernel_row) % Tile::kRing;
         const T* from = ring + place * Tile::kRingRow + c;
@@ -226,8 +234,10 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeight
           const float v = widen(from[column * kChannels]);
 #pragma unroll
           for (int k = 0; k < kTaps; ++k)
-            if (column - k >= 0 && column - k < Tile::kColumns) sum[k] += grad[column - k] * v;
+            if (column - k >= 0 && column - k < Tile::kColumns) row_sum[k] += grad[column - k] * v;
         }
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) sum[k] += row_sum[k];
       }
     }
     if (c0 + c >= p.channels) continue;

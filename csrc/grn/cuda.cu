@@ -16,7 +16,7 @@ namespace convdit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostWidth = 64;  // so that a block always has several rows in flight
+constexpr int kMostWidth = kWarp;  // a warp reads one row or several whole ones, from shared memory too without bank conflicts
 constexpr int kAhead = 4;       // rows that a thread loads before it works on them
 constexpr int64_t kLeastTileRows = 64, kMostTileRows = 1024, kEnoughBlocks = 2048;
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ void for_rows(const Tile& tile, const Plan& plan, int
 // ---- (1) sums of a tile: of g^2 (Count = 1), or of grad * g and of grad (Count = 2) ----------------------------------------
 // Sums lie as (Count, slots, C).
 template <class T, int V, bool Gelu, int Count>
-__global__ void __launch_bounds__(kThreads) sum_tiles(GrnShape p, Plan plan, const T* x, const T* grad, accum_t<T>* parts) {
+__global__ void __launch_bounds__(kThreads, kNoSpills) sum_tiles(GrnShape p, Plan plan, const T* x, const T* grad, accum_t<T>* parts) {
   using A = accum_t<T>;
   __shared__ A scratch[Count * V * kThreads];
   __shared__ Tile shared_tile;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void for_images(const GrnShape& p, const Plan& plan, 
 
 // `means`: (images, C / 32 rounded up), sums of 32 norms.
 template <class A>
-__global__ void __launch_bounds__(kThreads) finish_norms(GrnShape p, Plan plan, const A* parts, A* norm, A* means) {
+__global__ void __launch_bounds__(kThreads, kNoSpills) finish_norms(GrnShape p, Plan plan, const A* parts, A* norm, A* means) {
   for_images<1>(p, plan, parts, [&](int64_t image, int64_t block, int64_t c, bool exists, const double(&sum)[1]) {
     const double root = sqrt(sum[0]), total = warp_sum(root);
     if (exists) norm[image * p.channels + c] = static_cast<A>(root);
@@ -160,7 +160,7 @@ struct Sums {
   A *grad_g, *grad, *means, *dots;
 };
 template <class A>
-__global__ void __launch_bounds__(kThreads) finish_sums(GrnShape p, Plan plan, const A* parts, const A* norm, const A* weight, Sums<A> sums) {
+__global__ void __launch_bounds__(kThreads, kNoSpills) finish_sums(GrnShape p, Plan plan, const A* parts, const A* norm, const A* weight, Sums<A> sums) {
   for_images<2>(p, plan, parts, [&](int64_t image, int64_t block, int64_t c, bool exists, const double(&sum)[2]) {
     const double root = exists ? norm[image * p.channels + c] : A(0);
     const double total = warp_sum(root), dot = warp_sum(exists ? weight[c] * sum[0] * root : 0.0);
@@ -198,7 +198,7 @@ struct Parameters {
 
 // ---- (3) results, from the last tile to the first: step 1 read the last ones last, so they may still be in cache --------
 template <class T, int V, bool Gelu>
-__global__ void __launch_bounds__(kThreads) apply_forward(Grn p, Plan plan, const accum_t<T>* means) {
+__global__ void __launch_bounds__(kThreads, kNoSpills) apply_forward(Grn p, Plan plan, const accum_t<T>* means) {
   using A = accum_t<T>;
   __shared__ Tile shared_tile;
   __shared__ A shared_mean;
@@ -207,8 +207,7 @@ __global__ void __launch_bounds__(kThreads) apply_forward(Grn p, Plan plan, cons
   const A *weight = static_cast<const A*>(p.weight), *norm = static_cast<const A*>(p.norm);
   for (int64_t task = blockIdx.x; task < plan.slots * plan.chunks; task += gridDim.x) {
     const int64_t slot = plan.slots - 1 - task / plan.chunks, c0 = task % plan.chunks * plan.width * V, c = c0 + thread * V;
-    __syncthreads();  // the tile before may still be read
-    if (threadIdx.x < kWarp) {
+    if (threadIdx.x < kWarp) {  // the tile before has been read: all threads have met since, before its rows
       const Tile tile = find_tile(p, plan, slot);
       const A total = warp_total(p, means, tile.image);
       if (threadIdx.x == 0) shared_tile = tile, shared_mean = total / static_cast<A>(p.channels);
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) apply_forward(Grn p, Plan plan, cons
 }
 
 template <class T, int V, bool Gelu>
-__global__ void __launch_bounds__(kThreads) apply_backward(GrnBackward p, Plan plan, Sums<accum_t<T>> sums) {
+__global__ void __launch_bounds__(kThreads, kNoSpills) apply_backward(GrnBackward p, Plan plan, Sums<accum_t<T>> sums) {
   using A = accum_t<T>;
   __shared__ Tile shared_tile;
   __shared__ A shared_mean, shared_dot;
@@ -244,8 +243,7 @@ __global__ void __launch_bounds__(kThreads) apply_backward(GrnBackward p, Plan p
   const A *weight = static_cast<const A*>(p.weight), *norm = static_cast<const A*>(p.norm);
   for (int64_t task = blockIdx.x; task < plan.slots * plan.chunks; task += gridDim.x) {
     const int64_t slot = plan.slots - 1 - task / plan.chunks, c0 = task % plan.chunks * plan.width * V, c = c0 + thread * V;
-    __syncthreads();  // the tile before may still be read
-    if (threadIdx.x < kWarp) {
+    if (threadIdx.x < kWarp) {  // the tile before has been read: all threads have met since, before its rows
       const Tile tile = find_tile(p, plan, slot);
       const A total = warp_total(p, sums.means, tile.image), dot = warp_total(p, sums.dots, tile.image);
       if (threadIdx.x == 0) shared_tile = tile, shared_mean = total / static_cast<A>(p.channels), shared_dot = dot / static_cast<A>(p.channels);
@@ -284,7 +282,7 @@ __global__ void __launch_bounds__(kThreads) apply_backward(GrnBackward p, Plan p
 
 // ---- (4) gradients of weight and bias: sums over images, for 32 channels a block ----------------------------------------
 template <class A>
-__global__ void __launch_bounds__(kThreads) add_images(GrnBackward p, Sums<A> sums) {
+__global__ void __launch_bounds__(kThreads, kNoSpills) add_images(GrnBackward p, Sums<A> sums) {
   __shared__ double scratch[2 * kThreads];
   for (int64_t block = blockIdx.x; block * kWarp < p.channels; block += gridDim.x) {
     const int64_t c = block * kWarp + threadIdx.x % kWarp;

@@ -24,21 +24,33 @@ def _block(state, name, dim, version, rand):
         state[f"{name}.gamma"] = rand(dim)
 
 
-def _encoder(version, rand, depths=DEPTHS, dims=DIMS):
+def _attention_block(state, name, dim, rand):
+    layers = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    for layer, (outputs, inputs) in layers.items():
+        state[f"{name}.{layer}.weight"] = rand(outputs * dim, inputs * dim)
+        state[f"{name}.{layer}.bias"] = rand(outputs * dim)
+    for norm in ("norm1", "norm2"):
+        state[f"{name}.{norm}.weight"], state[f"{name}.{norm}.bias"] = rand(dim), rand(dim)
+
+
+def _encoder(version, rand, depths=DEPTHS, dims=DIMS, in_chans=3, stem=4, attention=()):
     state = {
-        "downsample_layers.0.0.weight": rand(dims[0], 3, 4, 4),
+        "downsample_layers.0.0.weight": rand(dims[0], in_chans, stem, stem),
         "downsample_layers.0.0.bias": rand(dims[0]),
         "downsample_layers.0.1.weight": rand(dims[0]),
         "downsample_layers.0.1.bias": rand(dims[0]),
     }
-    for i in (1, 2, 3):
+    for i in range(1, len(dims)):
         state[f"downsample_layers.{i}.0.weight"] = rand(dims[i - 1])
         state[f"downsample_layers.{i}.0.bias"] = rand(dims[i - 1])
         state[f"downsample_layers.{i}.1.weight"] = rand(dims[i], dims[i - 1], 2, 2)
         state[f"downsample_layers.{i}.1.bias"] = rand(dims[i])
-    for i in range(4):
+    for i in range(len(dims)):
         for j in range(depths[i]):
-            _block(state, f"stages.{i}.{j}", dims[i], version, rand)
+            if i in attention:
+                _attention_block(state, f"stages.{i}.{j}", dims[i], rand)
+            else:
+                _block(state, f"stages.{i}.{j}", dims[i], version, rand)
     return state
 
 

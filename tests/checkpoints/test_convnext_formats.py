@@ -1,9 +1,13 @@
 """Official, timm and transformers names of ConvNeXt, against states written out by hand."""
 
+import re
+
 import pytest
 import torch
 
-from convdit import checkpoints
+from convdit import checkpoints, models
+
+DIMS = (4, 6, 8, 10)
 
 
 def timm_state(ours, conv_mlp):
@@ -208,3 +212,61 @@ def test_a_tensor_of_another_shape_raises_and_is_named(classifier, name):
             with pytest.raises(ValueError) as error:
                 checkpoints.convert({**theirs, key: wrong}, "convdit")
             assert str(error.value).startswith(("this is not", repr(key))), error.value
+
+
+@pytest.mark.parametrize("size", [{"depths": (1,), "dims": (4,)}, {"depths": (1, 2, 1), "dims": (4, 6, 8), "stem": 2}])
+def test_fewer_stages_other_stems_and_channels_go_both_ways(classifier, assert_same, size):
+    ours = classifier(in_chans=1, **size)
+    check_two_way(ours, timm_state(ours, True), "timm", assert_same)
+    check_two_way(ours, transformers_state(ours, "convnextv2."), "transformers", assert_same)
+    check_two_way(ours, official_state(ours), "convnextv2_official", assert_same)
+    sparse = checkpoints.convert(ours, "fcmae_minkowski")
+    assert checkpoints.detect(sparse) == "fcmae_minkowski"
+    assert_same(checkpoints.convert(sparse, "convdit"), ours)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_stages_of_attention_are_strict_and_have_a_place_in_our_names_only(classifier, assert_same, version):
+    ours = classifier(version, attention=(2, 3))
+    assert_same(checkpoints.convert(ours, "convdit"), ours)
+    for key, value in ours.items():
+        with pytest.raises(ValueError) as error:
+            checkpoints.convert({k: v for k, v in ours.items() if k != key}, "convdit")
+        assert repr(key) in str(error.value), key
+        if key != "head.bias":
+            with pytest.raises(ValueError, match=re.escape(repr(key))):
+                checkpoints.convert({**ours, key: value.expand(2, *value.shape)}, "convdit")
+    for name in ("timm", "transformers", "fcmae_minkowski")[: 3 if version == 2 else 2]:
+        with pytest.raises(ValueError, match="unexpected keys: 'stages.2.0.attn.qkv.weight'"):
+            checkpoints.convert(ours, name)
+    model = models.create(
+        "convnextv2_tiny" if version == 2 else "convnext_tiny",
+        depths=(1, 2, 1, 1),
+        dims=(4, 6, 8, 10),
+        num_classes=5,
+        attention_stages=2,
+    )
+    model.load_state_dict(ours)
+    assert_same(checkpoints.convert(model.state_dict(), "convdit"), ours)
+
+
+def test_norms_of_a_detection_backbone_are_kept_or_named_and_never_dropped(encoder, assert_same):
+    ours = encoder()
+    detector = ours | {f"norm{i}.{leaf}": torch.randn(d) for i, d in enumerate(DIMS) for leaf in ("weight", "bias")}
+    assert_same(checkpoints.convert(detector, "convdit"), detector)
+    assert_same(checkpoints.convert(official_state(detector), "convdit"), detector)
+    assert_same(checkpoints.convert(detector, "timm", encoder_only=True), timm_state(ours, True))
+    for name in ("timm", "fcmae_minkowski"):
+        with pytest.raises(ValueError, match="unexpected keys: 'norm0.weight', 'norm0.bias'"):
+            checkpoints.convert(detector, name)
+    theirs = transformers_state(ours, "")
+    for i in range(4):
+        for leaf in ("weight", "bias"):
+            theirs[f"hidden_states_norms.stage{i + 1}.{leaf}"] = detector[f"norm{i}.{leaf}"].clone()
+    check_two_way(detector, theirs, "transformers", assert_same)
+    with pytest.raises(ValueError, match="missing keys: 'norm2.bias'"):
+        checkpoints.convert({k: v for k, v in detector.items() if k != "norm2.bias"}, "convdit")
+    with pytest.raises(ValueError, match="unexpected keys: 'norm4.weight'"):
+        checkpoints.convert({**detector, "norm4.weight": torch.zeros(10)}, "convdit")
+    options = {"depths": (1, 2, 1, 1), "dims": DIMS}
+    models.create("convnextv2_atto", features_only=True, out_norms=True, **options).load_state_dict(detector)

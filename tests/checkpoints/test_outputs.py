@@ -48,7 +48,10 @@ def test_timm_logits_and_the_way_back(images, name):
     assert_close(ours(images), theirs(images))
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["convnextv2_atto", "convnextv2_tiny", "convnextv2_huge", "convnext_tiny", "convnext_xlarge", "convnext_xxlarge"],
+)
 def test_the_names_and_shapes_of_timms_full_size_models(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
@@ -77,6 +80,22 @@ def test_transformers_logits_and_the_way_back(images, version):
     randomise(ours, seed=2)
     theirs.load_state_dict(checkpoints.convert(ours.state_dict(), "transformers"))
     assert_close(ours(images), theirs(images).logits)
+
+
+@torch.no_grad()
+def test_transformers_backbone_and_the_way_back(images):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ConvNextV2Config(
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), out_features=["stage2", "stage4"]
+    )
+    theirs = randomise(transformers.ConvNextV2Backbone(config))
+    options = {"features_only": True, "out_norms": True, "out_indices": (1, 3)}
+    ours = models.create("convnextv2_tiny", depths=DEPTHS, dims=DIMS, **options).eval()
+    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "convdit"))
+    for map_, expected in zip(ours(images), theirs(images).feature_maps, strict=True):
+        assert_close(map_, expected)
+    back = checkpoints.convert(ours.state_dict(), "transformers")
+    assert {key: value.shape for key, value in back.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 @torch.no_grad()

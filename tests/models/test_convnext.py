@@ -8,7 +8,7 @@ import torch
 from convdit import models
 from convdit.nn import DepthwiseConv2d
 
-# Those of timm where nobody published weights: convnextv2_small, convnext_huge.
+# Those of timm where nobody published weights or a table: convnextv2_small, convnext_huge, convnext_xxlarge.
 PUBLISHED = {
     "convnextv2_atto": 3_708_400,
     "convnextv2_femto": 5_233_240,
@@ -29,6 +29,7 @@ PUBLISHED = {
     "convnext_large": 197_767_336,
     "convnext_xlarge": 350_196_968,
     "convnext_huge": 659_942_216,
+    "convnext_xxlarge": 846_471_016,
 }
 
 

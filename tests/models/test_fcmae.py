@@ -74,6 +74,31 @@ def test_sparse_equals_zero_filled_in_loss_prediction_and_every_gradient(pattern
         assert gradient.abs().max() > 0 or "zeros" in pattern, name
 
 
+@pytest.mark.parametrize(
+    ("patch", "options"),
+    [
+        (32, {"depths": (1, 1, 1, 1), "dims": (6, 8, 10, 12)}),
+        (16, {"depths": (1, 1, 1, 1), "dims": (6, 8, 10, 12), "stem_stride": 2}),
+        (16, {"depths": (1, 1, 1), "dims": (6, 8, 10), "in_chans": 5}),
+        (8, {"depths": (1, 1, 1), "dims": (6, 8, 10), "stem_stride": 2, "in_chans": 1}),
+        (8, {"depths": (1,), "dims": (6,), "stem_stride": 8, "decoder_depth": 0}),
+        (8, {"depths": (1, 1), "dims": (6, 8), "attention_stages": 1}),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["another number in every image", "last row and column removed"])
+def test_every_patch_size_and_its_ways_to_be_reached(patch, options, pattern):
+    mask, size = masks()[pattern], (3 * patch, 4 * patch)
+    model, twin = (build(image_size=size, patch_size=patch, sparse=sparse, **options) for sparse in (True, False))
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, model.encoder.in_chans, *size, dtype=torch.float64, generator=generator)
+    (out, gradients), (expected, expected_gradients) = (step(each, images, mask) for each in (model, twin))
+    assert out.pred.shape == (3, 12, patch**2 * model.encoder.in_chans)
+    torch.testing.assert_close(out.pred, expected.pred, rtol=1e-9, atol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-8, atol=1e-9, msg=name)
+    assert model.reconstruct(images).shape == images.shape
+
+
 def test_a_version_1_encoder_works_the_same():
     images, mask = some_images(), masks()["random"]
     options = {"depths": (1, 1), "dims": (6, 8), "features_only": True, "drop_path_rate": 0.3}

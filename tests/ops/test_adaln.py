@@ -151,20 +151,6 @@ def test_opcheck():
         torch.library.opcheck(getattr(library, name).default, args)
 
 
-def test_jvp_raises_rather_than_giving_zeros():
-    x, s = torch.randn(2, 3, 8), torch.randn(2, 8)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: ops.layer_norm_modulate(x, s, s), (x,), (x,))
-
-
-def test_double_backward_raises_a_clear_error():
-    x = torch.randn(2, 3, 8, requires_grad=True)
-    s = torch.randn(2, 8)
-    (grad,) = torch.autograd.grad(ops.layer_norm_modulate(x, s, s).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [

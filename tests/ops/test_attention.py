@@ -199,19 +199,6 @@ def test_opcheck():
     torch.library.opcheck(library.packed_attention_bwd.default, (out, qkv, out, log_sum_exp, 2, 0.5))
 
 
-def test_jvp_raises_rather_than_giving_zeros():
-    qkv = torch.randn(2, 3, 24)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: ops.packed_attention(x, 2), (qkv,), (qkv,))
-
-
-def test_double_backward_raises_a_clear_error():
-    qkv = torch.randn(2, 3, 24, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.packed_attention(qkv, 2).square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "qkv, heads, error, message",
     [

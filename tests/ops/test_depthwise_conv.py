@@ -219,12 +219,6 @@ def test_opcheck():
         torch.library.opcheck(getattr(library, name).default, args)
 
 
-def test_jvp_raises_rather_than_giving_zeros():
-    x, weight = torch.randn(1, 3, 3, 8), torch.randn(8, 1, 7, 7)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: ops.depthwise_conv2d(x, weight), (x,), (x,))
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [

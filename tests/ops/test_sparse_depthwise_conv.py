@@ -245,22 +245,6 @@ def test_opcheck():
     torch.library.opcheck(library.sparse_depthwise_conv2d_weight_grad.default, (x, x, table, 2, 7))
 
 
-def test_jvp_raises_rather_than_giving_zeros():
-    sites = patches(1)
-    x, weight = torch.randn(len(sites), 8), torch.randn(8, 1, 7, 7)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda x: ops.sparse_depthwise_conv2d(x, weight, None, sites), (x,), (x,))
-
-
-def test_double_backward_raises_a_clear_error():
-    sites = patches(1)
-    x, weight = torch.randn(len(sites), 8, requires_grad=True), torch.randn(8, 1, 7, 7)
-    out = ops.sparse_depthwise_conv2d(x, weight, None, sites)
-    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     "change, error, message",
     [

@@ -1,9 +1,11 @@
 """python -m tests.simt COMMAND
 
-operators [--arch compute_90] [pytest's arguments ...]: the tests of the operators, over their CUDA kernels; in as
-    many processes as MAX_JOBS says
+operators [--arch compute_90] [--few-blocks] [pytest's arguments ...]: the tests of the operators, over their CUDA
+    kernels; in as many processes as MAX_JOBS says; grids limited to a few blocks, which then loop over the tasks
 mutants [room ...]: the same over kernels broken on purpose
 budget [--update] [room ...]: what the kernels move and need, against budget.json
+code [room ...]: what ptxas makes of them for each GPU: spills, local memory, instructions of the fast paths
+bound [text]: lower bounds of the time on four GPUs, of operators whose name has the text
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from . import build, mutants
+from . import build, code, mutants
 
 ROOMS = sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
+FEW_BLOCKS = 3
 QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves or changes_nothing"
 
 
@@ -31,7 +34,10 @@ def operators(arguments: list[str]) -> int:
     architecture = "compute_80"
     if arguments[:1] == ["--arch"]:
         architecture, arguments = arguments[1], arguments[2:]
-    folder, shares = build.operators(architecture), int(os.environ.get("MAX_JOBS") or 1)
+    most_blocks = 0
+    if arguments[:1] == ["--few-blocks"]:
+        most_blocks, arguments = FEW_BLOCKS, arguments[1:]
+    folder, shares = build.operators(architecture, most_blocks=most_blocks), int(os.environ.get("MAX_JOBS") or 1)
     command = ["pytest", "-p", "tests.simt.plugin", *arguments]
     outputs = [None, *(tempfile.TemporaryFile("w+") for _ in range(1, shares))]  # the first share's is seen at once
     processes = [start(folder, *command, output=o, SIMT_SHARE=f"{k}/{shares}") for k, o in enumerate(outputs)]
@@ -49,7 +55,8 @@ def sweep(rooms: list[str]) -> int:
         files = [f"{folder}/test_{room}.py" for folder in ("tests/ops", "tests/simt/operators")]
         files = [f for f in files if (build.ROOT / f).exists()]
         tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", *files, "-k", QUICK_TESTS]
-        failed += start(build.operators(csrc=csrc, only=room), *tests, SIMT_ROOM=room).wait() != 0
+        library = build.operators(csrc=csrc, only=room, most_blocks=FEW_BLOCKS)
+        failed += start(library, *tests, SIMT_ROOM=room).wait() != 0
     return failed
 
 
@@ -61,8 +68,16 @@ def budget(arguments: list[str]) -> int:
     return any([start(build.operators(only=r), "tests.simt.budget", *update, r).wait() for r in rooms])
 
 
+def code_of(rooms: list[str]) -> int:
+    return code.main(rooms or ROOMS)
+
+
+def bound(arguments: list[str]) -> int:
+    return start(build.operators(), "tests.simt.bound", *arguments).wait()
+
+
 def main(arguments: list[str]) -> int:
-    commands = {"operators": operators, "mutants": sweep, "budget": budget}
+    commands = {"operators": operators, "mutants": sweep, "budget": budget, "bound": bound, "code": code_of}
     if not arguments or arguments[0] not in commands:
         print(__doc__)
         return 2

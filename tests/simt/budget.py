@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from . import build
+from .code import ptxas
 
 BUDGET = Path(__file__).parent / "budget.json"
 LARGER_IS_WORSE = ("sectors", "wavefronts", "moved", "instructions", "registers", "spills")
+SMALLER_IS_WORSE = ("occupancy", "multiply-adds")
 TOLERANCE = 1.005
 
 
@@ -28,10 +30,12 @@ def calls() -> Iterator[tuple[str, str, Callable, list]]:
     import torch
 
     from convdit import ops
+    from convdit.sparse import ActiveSites, random_patch_mask
 
     def randn(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(dtype)
 
+    mask = random_patch_mask(4, (4, 4), 0.6, torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
         rows, columns = (2, 32, 768), (2, 768)
@@ -47,6 +51,16 @@ def calls() -> Iterator[tuple[str, str, Callable, list]]:
         conv = [randn(dtype, 1, 28, 28, 96), torch.randn(96, 1, 7, 7), *(torch.randn(96) for _ in range(3))]
         name = f"depthwise_conv2d_layer_norm 1x28x28x96 {kind}"
         yield "depthwise_conv", name, ops.depthwise_conv2d_layer_norm, conv
+        map_ = [randn(dtype, 1, 56, 56, 96), torch.randn(96, 1, 7, 7), torch.randn(96)]
+        yield "depthwise_conv", f"depthwise_conv2d 1x56x56x96 {kind}", ops.depthwise_conv2d, map_
+        for block in (8, 4, 2, 1):
+            sites = ActiveSites.from_patch_mask(mask, block)
+            yield (
+                "sparse_depthwise_conv",
+                f"sparse_depthwise_conv2d block {block} {len(sites)}x96 {kind}",
+                partial(ops.sparse_depthwise_conv2d, sites=sites),
+                [randn(dtype, len(sites), 96), torch.randn(96, 1, 7, 7), torch.randn(96)],
+            )
         grn = [randn(dtype, 2, 14, 14, 384), torch.randn(384), torch.randn(384)]
         yield "grn", f"gelu_grn 2x14x14x384 {kind}", ops.gelu_grn, grn
         yield (
@@ -66,24 +80,6 @@ def short(kernel: str) -> str:
         if c == "(" and depth == 0:
             return name[:i]
     return name
-
-
-def ptxas(folder: Path) -> dict[str, dict[str, int]]:
-    """Registers, spilled bytes and static shared memory of each kernel (by symbol) of a PTX file, for sm_80."""
-    command = ["ptxas", "-arch=sm_80", "-v", "-o", os.devnull, str(folder / "kernels.ptx")]
-    told = subprocess.run(command, capture_output=True, text=True).stderr
-    result = {}
-    for match in re.finditer(r"Compiling entry function '(\S+)' for.*?(?=Compiling entry function|\Z)", told, re.S):
-
-        def number(pattern: str, text: str = match[0]) -> int:
-            return sum(int(n) for n in re.findall(pattern, text))
-
-        result[match[1]] = {
-            "registers": number(r"Used (\d+) registers"),
-            "spills": number(r"(\d+) bytes spill (?:stores|loads)"),
-            "shared": number(r"(\d+) bytes smem"),
-        }
-    return result
 
 
 def occupancy(registers: int, shared: int, threads: int) -> float:
@@ -108,7 +104,8 @@ def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
     library.set_counting(True)
     static = {}
     for room in rooms:
-        static |= ptxas(build.nvcc_output(build.ROOT / "csrc" / room / "cuda.cu", "compute_80", build.ROOT / "csrc"))
+        output = build.nvcc_output(build.ROOT / "csrc" / room / "cuda.cu", "compute_80", build.ROOT / "csrc")
+        static |= ptxas(output / "kernels.ptx", "sm_80")
     rows = {}
     for room, name, function, inputs in calls():
         if room not in rooms:
@@ -136,12 +133,17 @@ def counted(launch: dict, code: dict) -> dict[str, float]:
         units[shared] += site_units
         ideal[shared] += site_ideal
     compulsory = launch["read"] + launch["written"]
-    blocks = zip(launch["blocks"], code["blocks"], strict=True)
+    opcodes: Counter[str] = Counter()
+    for times, block in zip(launch["blocks"], code["blocks"], strict=True):
+        for opcode, n in block.items():
+            opcodes[opcode] += times * n
     row = {
         "sectors": units[0] / max(1, ideal[0]),
         "moved": 32 * units[0] / max(1, compulsory),
-        "instructions": sum(n * sum(opcodes.values()) for n, opcodes in blocks),
+        "instructions": opcodes.total(),
     }
+    if (share := opcodes["fma.rn.f32"] / max(1, opcodes.total())) > 0.3:  # where the kernel is mostly arithmetic
+        row["multiply-adds"] = share
     if units[1]:
         row["wavefronts"] = units[1] / ideal[1]
     return {k: round(v, 3) for k, v in row.items()}
@@ -158,7 +160,7 @@ def worse(now: dict, before: dict) -> list[str]:
             value = row.get(what, 0)
             if what in LARGER_IS_WORSE and value > limit * TOLERANCE:
                 found.append(f"{key}: {what} {value}, was {limit}")
-            if what == "occupancy" and value < limit:
+            if what in SMALLER_IS_WORSE and value < limit / TOLERANCE:
                 found.append(f"{key}: {what} {value}, was {limit}")
     return sorted(found)
 

@@ -139,10 +139,14 @@ def cuda_runtime() -> tuple[str, list[str]]:
     return "cudart", [nvcc(), "-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # nvcc knows its headers
 
 
-def nvcc_output(cuda: Path, architecture: str, include: Path) -> Path:
-    """A folder with the PTX (kernels.ptx) and the object of the host code (host.o) of a CUDA file."""
+def nvcc_output(cuda: Path, architecture: str, include: Path, most_blocks: int = 0) -> Path:
+    """A folder with the PTX (kernels.ptx) and the object of the host code (host.o) of a CUDA file.
+
+    `most_blocks`, if any, is the limit of a grid, so that kernels which loop over their tasks do so on small inputs.
+    """
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{include}", "-Xcompiler", "-fPIC"]
     flags += ["-gencode", f"arch={architecture},code={architecture}"]
+    flags += [f"-DCONVDIT_MOST_BLOCKS={most_blocks}"] if most_blocks else []
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -194,16 +198,19 @@ def library_of(path: Path, architecture: str = "compute_80") -> Path:
     return link(objects, f"{path.parent.name}-{path.stem}.so", [], table)
 
 
-def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only: str | None = None) -> Path:
+def operators(
+    architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only: str | None = None, most_blocks: int = 0
+) -> Path:
     """convdit's operators for CPU tensors, their CUDA kernels on the executor: a folder for CONVDIT_LIBRARY_DIR.
 
-    `only`: the one room whose kernels are wanted.
+    `most_blocks`: see nvcc_output. `only`: the one room whose kernels are wanted; those of the sites come along, as
+    sparse operators need their tables.
     """
     import torch
 
     torch_folder = Path(torch.__file__).parent
     rooms = sorted(p.parent for p in csrc.glob("*/torch.cpp"))
-    cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists() and only in (None, r.name)]
+    cuda_rooms = [r for r in rooms if (r / "cuda.cu").exists() and (only in (None, r.name) or r.name == "sites")]
     include = ("-Xcompiler", f"-isystem,{torch_folder / 'include'}", f"-I{csrc}")
     compiler = [
         nvcc(),
@@ -228,7 +235,7 @@ def operators(architecture: str = "compute_80", csrc: Path = ROOT / "csrc", only
         )
         for room in rooms
     ]
-    outputs = [pool().submit(nvcc_output, room / "cuda.cu", architecture, csrc) for room in cuda_rooms]
+    outputs = [pool().submit(nvcc_output, room / "cuda.cu", architecture, csrc, most_blocks) for room in cuda_rooms]
     objects, table = [], {}
     for room, output in zip(cuda_rooms, outputs, strict=True):
         kernels, kernel_table = kernel_objects((output.result() / "kernels.ptx").read_text(), f"{room.name}-cuda")

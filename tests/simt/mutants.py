@@ -122,6 +122,11 @@ def mutated_tree(room: str) -> tuple[Path, list[Mutant]]:
     return tree, [m for m in mutants if str(m.number) in ptx]
 
 
-def equivalent() -> dict[tuple[str, str, str, int], str]:
+def equivalent(room: str | None = None) -> dict[tuple[str, str, str, int], str]:
+    """Reasons by Mutant.key(); of those that change nothing in this room's kernels alone ("rooms"), or anywhere."""
     rows = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else []
-    return {(r["file"], r["code"], r["change"], r["nth"]): r["reason"] for r in rows}
+    return {
+        (r["file"], r["code"], r["change"], r["nth"]): r["reason"]
+        for r in rows
+        if room is None or room in r.get("rooms", [room])
+    }

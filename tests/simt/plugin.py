@@ -29,7 +29,8 @@ NOT_FOR_CUDA = {
 KNOWN_FAILURES = {
     r"^test_attention.py::test_error_rule\[packed_attention 2x40 2x16 large (scores|mean)-torch.float16\]": (
         "where a weight is nearly 1 a row's gradient cancels to almost nothing; its error is 1.2 (mean) and 1.6 "
-        "(scores) times what is allowed. The rounding of delta is suspected, not shown"
+        "(scores) times what is allowed. Delta comes from the rounded result: that alone, in an otherwise exact "
+        "gradient, makes 1.2 and 1.5. An exact delta would cost two products more, 9 in place of 7"
     ),
 }
 
@@ -46,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
         library().allow(what, file, code)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not for CUDA kernels, and what is not in SIMT_SHARE=k/n: every n-th test from the k-th."""
     without_kernels = {
         f"test_{room.name}.py"
         for room in (ROOT / "csrc").iterdir()
@@ -67,6 +69,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [i for i in items if i not in mine]
     items[:] = [i for i in items if i in mine]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    choose(config, items)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from convdit import data, models
-from convdit.training.evaluate import LinearProbe, accuracy, frechet_distance
-from convdit.training.optim import moving_average, parameter_groups, warmup_cosine
+from convdit.training.evaluate import LinearProbe, accuracy, frechet_distance, nearest_neighbours
+from convdit.training.optim import adamw, layer_rates, moving_average, parameter_groups, warmup_cosine
 from convdit.training.options import LoopOptions
 from convdit.training.order import BatchOrder, batches
 from convdit.training.pictures import grid
@@ -69,6 +69,76 @@ def test_schedule_warms_up_to_the_peak_and_ends_at_a_hundredth():
     assert schedule.get_last_lr()[0] == pytest.approx(0.02)
 
 
+def test_schedule_ends_at_the_rate_asked_for():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = warmup_cosine(optimizer, 0, 10, last=0.0)
+    for step in range(10):
+        assert schedule.get_last_lr()[0] == pytest.approx(1 + math.cos(math.pi * step / 10))
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr()[0] == 0
+
+
+# Written out by hand from the numbering of facebookresearch/ConvNeXt-V2: (name, layer of "single", layer of "group")
+# in a model of 3, 3, 27, 3 blocks, whose head is layer 37 or 13.
+LAYERS = [
+    ("downsample_layers.0.0.weight", 1, 0),
+    ("downsample_layers.0.1.bias", 1, 0),
+    ("stages.0.0.dwconv.weight", 1, 1),
+    ("stages.0.2.pwconv1.bias", 3, 1),
+    ("downsample_layers.1.1.weight", 4, 2),
+    ("stages.1.0.grn.gamma", 4, 2),
+    ("downsample_layers.2.0.weight", 7, 3),
+    ("stages.2.0.norm.weight", 7, 3),
+    ("stages.2.2.norm.weight", 9, 3),
+    ("stages.2.3.norm.weight", 10, 4),
+    ("stages.2.26.norm.weight", 33, 11),
+    ("downsample_layers.3.1.weight", 34, 12),
+    ("stages.3.2.pwconv2.weight", 36, 12),
+    ("norm.weight", 37, 13),
+    ("head.weight", 37, 13),
+]
+
+
+@pytest.mark.parametrize("kind, column, head", [("single", 1, 37), ("group", 2, 13)])
+def test_layer_wise_decay_numbers_layers_as_the_official_code(kind, column, head):
+    rate = layer_rates((3, 3, 27, 3), 0.5, kind)
+    for row in LAYERS:
+        assert rate(row[0]) == 0.5 ** (head - row[column]), row[0]
+
+
+def test_layer_wise_decay_reaches_the_optimiser_and_survives_the_schedule():
+    model = models.create("convnextv2_atto", depths=[1, 1, 1, 1], dims=[4, 8, 8, 8], num_classes=2)
+    optimizer = adamw(model, 1.0, 0.1, 0.999, layer_rates(model.depths, 0.5, "single"))
+    schedule = warmup_cosine(optimizer, 0, 10)
+    optimizer.step()
+    schedule.step()
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert named["stages.3.0.norm.weight"] == named["head.weight"] / 2
+    assert named["downsample_layers.0.0.weight"] == named["head.weight"] / 16
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert {name for name, p in model.named_parameters() if not decays[id(p)]} == {
+        name for name, p in model.named_parameters() if p.ndim == 1
+    }
+
+
+def test_layer_wise_decay_refuses_models_that_groups_do_not_describe():
+    with pytest.raises(ValueError, match="layer_decay_type: group is for"):
+        layer_rates((1, 1), 0.9, "group")
+
+
+def test_epochs_and_base_rate_become_steps_and_rate():
+    options = LoopOptions(epochs=3, batch_size=512, base_lr=1e-4, warmup_epochs=0.5, min_lr=1e-6).resolved(5120)
+    assert (options.steps, options.warmup, options.lr, options.min_lr) == (30, 5, 2e-4, 1e-6)
+    plain = LoopOptions(steps=40).resolved(7)
+    assert (plain.steps, plain.warmup, plain.lr, plain.min_lr) == (40, 2, 1e-3, 1e-5)
+    with pytest.raises(ValueError, match="warmup_epochs: 30 steps"):
+        LoopOptions(epochs=1, batch_size=10, warmup_epochs=3).resolved(100)
+    with pytest.raises(ValueError, match="min_lr"):
+        LoopOptions(min_lr=1.0).resolved(100)
+
+
 def test_moving_average_follows_its_formula():
     model = torch.nn.Linear(1, 1, bias=False)
     ema = moving_average(model, 0.999)
@@ -96,6 +166,27 @@ def test_linear_probe_reaches_the_optimum_on_separable_features():
     features = torch.nn.functional.one_hot(labels, 3) * 4 + torch.randn(300, 3)
     probe = LinearProbe(features[:200], labels[:200], 3)
     assert accuracy(probe(features[200:]), labels[200:]) > 0.95
+
+
+def test_nearest_neighbours_vote_by_cosine():
+    torch.manual_seed(0)
+    known, labels = torch.randn(30, 4), torch.arange(30) % 3
+    features = torch.randn(5, 4)
+    votes = nearest_neighbours(features, known, labels, 3, neighbours=7)
+    for feature, row in zip(features, votes, strict=True):
+        likeness = torch.nn.functional.cosine_similarity(feature[None], known)
+        expected = torch.zeros(3)
+        for i in likeness.argsort(descending=True)[:7].tolist():
+            expected[labels[i]] += math.exp(likeness[i] / 0.07)
+        torch.testing.assert_close(row, expected)
+    assert nearest_neighbours(features, known[:2], labels[:2], 3).shape == (5, 3)
+
+
+def test_accuracy_among_the_best_counts_labels_that_are_near_the_top():
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    assert accuracy(scores, torch.tensor([1, 2])) == 0.0
+    assert accuracy(scores, torch.tensor([1, 2]), 2) == 0.5
+    assert accuracy(scores, torch.tensor([1, 2]), 5) == 1.0
 
 
 def test_normalisation_standardises_and_inverts():
@@ -131,6 +222,11 @@ def test_grid_places_pictures_row_by_row():
         {"ema": 1.0},
         {"accumulate": 3},
         {"warmup": 2000},
+        {"epochs": 0.0},
+        {"base_lr": -1.0},
+        {"min_lr": -1.0},
+        {"warmup_epochs": -1.0},
+        {"evaluate_every": 0},
         {"augment": "x"},
     ],
 )

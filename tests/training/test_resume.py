@@ -53,7 +53,7 @@ def stop_after(monkeypatch, steps):
 
 
 def without_times(log):
-    return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_s")} for entry in log]
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_s", "tflops", "mfu")} for entry in log]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,69 @@ def test_sigterm_saves_and_ends_with_143_and_the_run_resumes(tmp_path):
     (step, folder), *older = runs.Run(out, {}, main=False).checkpoints()
     assert not older and (folder / "trainer.json").exists()
     assert read_log(out)[-1]["step"] == step < 2000
+
+
+EVERYTHING = dict(
+    data="digits",
+    depths=[1, 1],
+    dims=[8, 16],
+    stem_stride=2,
+    batch_size=16,
+    steps=40,
+    save_every=4,
+    cpu=True,
+    augment="resized_crop",
+    randaug="rand-m9-mstd0.5-inc1",
+    random_erasing=0.25,
+    mixup=0.8,
+    cutmix=1.0,
+    drop_path=0.1,
+    ema=0.99,
+    layer_decay=0.9,
+    evaluate_every=7,
+)
+
+
+def killed(out, after):
+    """The command as a process of its own, killed with SIGKILL once the log shows step ``after``; its checkpoints."""
+    command = [sys.executable, "-m", "convdit", "finetune", "--out", str(out), "--log-every", "1"]
+    for name, value in EVERYTHING.items():
+        flag = "--" + name.replace("_", "-")
+        values = [] if value is True else map(str, value if isinstance(value, list) else [value])
+        command += [flag, *values]
+    with subprocess.Popen(command + ["--resume"] * out.exists(), stderr=subprocess.DEVNULL) as process:
+        deadline, log = time.monotonic() + 120, out / "log.jsonl"
+        while time.monotonic() < deadline and process.poll() is None:
+            if log.exists() and any(entry["step"] >= after for entry in read_log(out)):
+                break
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    return [step for step, _ in runs.Run(out, {}, main=False).checkpoints()]
+
+
+def test_run_killed_twice_loses_at_most_the_interval_and_ends_bit_equal(tmp_path):
+    from convdit.training.finetune import finetune
+
+    finetune(FinetuneOptions(**EVERYTHING, log_every=1), tmp_path / "whole")
+    for after in (6, 19):
+        last = killed(tmp_path / "cut", after)[-1]
+        assert read_log(tmp_path / "cut")[-1]["step"] - last <= EVERYTHING["save_every"] and last % 4 == 0
+    finetune(FinetuneOptions(**EVERYTHING, log_every=1), tmp_path / "cut", resume=True)
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "cut"))
+    assert json.loads((tmp_path / "whole" / "result.json").read_text()).keys() >= {"accuracy", "raw_accuracy"}
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("left", ["nothing", "config"])
+def test_run_killed_while_its_folder_is_made_can_be_started_again(tmp_path, left):
+    (tmp_path / "run").mkdir()
+    if left == "config":
+        (tmp_path / "run" / ".config.json.123.tmp").write_text("{")
+    pretrain(tiny_pretrain(steps=1), tmp_path / "run", resume=True)
+    assert not list((tmp_path / "run").glob("*.tmp")) and runs.Run(tmp_path / "run", {}, main=False).finished
 
 
 def test_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,79 @@
+"""Other people's models under `convdit.accelerate`, against the same models untouched: eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import convdit
+
+from . import rivals
+from .harness import Comparison, Work, without_grad
+
+
+def comparisons() -> Iterator[Comparison]:
+    for size in ("tiny", "atto"):
+        name, shape = f"convnextv2_{size}", f"{size}; 8x224x224"
+        yield Comparison("accelerated timm", "forward", shape, torch.float32, partial(inference, name))
+        yield Comparison("accelerated timm", "step", shape, torch.float32, partial(training, name))
+        yield Comparison("accelerated timm, compiled", "forward", shape, torch.float32, partial(inference, name, True))
+    yield Comparison("accelerated diffusers", "forward", "S/2; 2x4x32x32", torch.float32, diffusers_inference)
+    compiled = partial(diffusers_inference, True)
+    yield Comparison("accelerated diffusers, compiled", "forward", "S/2; 2x4x32x32", torch.float32, compiled)
+
+
+def pair(name: str, model: nn.Module, compiled: bool) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The accelerated model and what it is to beat; compiled, it is to beat itself in eager mode as well."""
+    ours = copy.deepcopy(model)
+    convdit.accelerate(ours)
+    theirs = rivals.eager_and_compiled(name, model)
+    if compiled:
+        theirs = {"accelerated": ours, f"{name}, compile": theirs[f"{name}, compile"]}
+        ours = rivals.compiled(copy.deepcopy(ours))
+    return ours, theirs
+
+
+def images(n: int, side: int) -> Tensor:
+    return torch.randn(n, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def inference(name: str, compiled: bool = False, n: int = 8, side: int = 224, **options) -> Work:
+    model = rivals.randomise_grn(timm.create_model(name, **options)).eval()
+    ours, theirs = pair("timm", model, compiled)
+    x = images(n, side)
+    return Work(without_grad(ours, x), {k: without_grad(m, x) for k, m in theirs.items()})
+
+
+def training(name: str, n: int = 8, side: int = 224, lr: float = 1e-4, **options) -> Work:
+    """A whole step: forward, cross-entropy, backward, AdamW."""
+    ours, theirs = pair("timm", rivals.randomise_grn(timm.create_model(name, **options)), False)
+    x, labels = images(n, side), torch.randint(5, (n,))
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(x), labels)
+
+    functions = {k: rivals.training_step(m, loss, lr) for k, m in theirs.items()}
+    return Work(rivals.training_step(ours, loss, lr), functions)
+
+
+def diffusers_inference(compiled: bool = False, n: int = 2, side: int = 32, heads: int = 6, layers: int = 12) -> Work:
+    """A DiT of size S/2, as DiTPipeline calls it for one image with guidance."""
+    from diffusers import DiTTransformer2DModel
+
+    sizes = {"num_attention_heads": heads, "attention_head_dim": 64, "num_layers": layers, "sample_size": side}
+    model = DiTTransformer2DModel(**sizes, norm_eps=1e-6).eval()
+    for block in model.transformer_blocks:
+        rivals.randomise(block.norm1.linear)
+    ours, theirs = pair("diffusers", model, compiled)
+    x, steps, labels = torch.randn(n, 4, side, side), torch.randint(1000, (n,)), torch.randint(1000, (n,))
+
+    def call(model: nn.Module) -> Callable:
+        return without_grad(lambda: model(x, timestep=steps, class_labels=labels).sample)
+
+    return Work(call(ours), {k: call(m) for k, m in theirs.items()})

@@ -1,0 +1,132 @@
+"""`accelerate` puts the operators under layers of other people's models, and `restore` takes them away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from convdit._checks import kind
+
+from . import convnext, dit, layers
+from .swap import Swapped, difference, register, subclass
+
+RULES = register(*convnext.RULES, *dit.RULES, *layers.RULES)  # outer layers first
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A layer of the report.
+
+    Attributes:
+        name: in the model, as `named_modules` gives it.
+        layer: its class.
+        note: what computes it now, or why it was left.
+    """
+
+    name: str
+    layer: str
+    note: str
+
+
+@dataclass
+class Report:
+    """What `accelerate` did. Printing it groups layers of a kind.
+
+    Attributes:
+        model: the model's class.
+        swapped: the layers that the operators compute now.
+        kept: the other layers with parameters. Layers inside a swapped one are not listed.
+    """
+
+    model: str
+    swapped: list[Entry] = field(default_factory=list)
+    kept: list[Entry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.swapped)} layers swapped, {len(self.kept)} left"]
+        for title, entries in (("swapped", self.swapped), ("left", self.kept)):
+            groups: dict[tuple[str, str], list[str]] = {}
+            for entry in entries:
+                groups.setdefault((entry.layer, entry.note), []).append(entry.name or "the model")
+            for (layer, note), names in groups.items():
+                shown = names if len(names) < 4 else [*names[:2], "...", names[-1]]
+                lines.append(f"  {title:7} {len(names):3} {layer} ({', '.join(shown)}): {note}")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, devices: Sequence[str] = ("cpu",)) -> Report:
+    """Let the operators compute the layers of a model that they know, in place.
+
+    Known are: ConvNeXt blocks, V1 and V2, of timm (so those of open_clip too), transformers and
+    facebookresearch/ConvNeXt(-V2); the blocks and final layers of facebookresearch/DiT and SiT; diffusers' blocks with
+    AdaLayerNormZero, and that norm alone; any timm GlobalResponseNorm; any depthwise convolution of stride 1 with an
+    odd kernel. Each class is recognised by name and attributes, and must give the operators' result on random weights,
+    else it is left. A layer that is changed later, or called in a way that gains nothing, computes what it always did:
+    where a hook or a new layer is inside it, in float64, in forward-mode differentiation, or by the rules of shape
+    and layout that `convdit.dropin` states beside its layers.
+
+    Args:
+        model: any module. Its parameters, buffers, hooks and state_dict stay as they are; results are equal to
+            rounding, in training and evaluation. It can be copied, pickled, compiled and accelerated again.
+        devices: types of device on which the operators run; on another the model computes what it always did. The
+            CUDA operators have not been timed on a GPU: ("cpu", "cuda") uses them nevertheless.
+
+    Returns:
+        What was swapped, and what was left and why.
+
+    Raises:
+        TypeError: a model that is not a module, or devices that are not names.
+
+    One thing is lost: differentiating a gradient again raises, since the operators have no double backward.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {kind(model)}")
+    if isinstance(devices, str) or not all(isinstance(device, str) for device in devices):
+        raise TypeError(f'devices: expected names of device types such as ("cpu",), got {devices!r}')
+    report = Report(type(model).__name__)
+    _visit(model, "", report, tuple(devices), {})
+    return report
+
+
+def _visit(module: nn.Module, name: str, report: Report, devices: tuple[str, ...], judged: dict) -> None:
+    if isinstance(module, Swapped):
+        report.swapped.append(Entry(name, type(module).__name__, "was swapped before"))
+        return
+    rule = next((rule for rule in RULES if rule.knows(module)), None)
+    layer, why = type(module).__name__, "no operator for it"
+    if rule is not None:
+        why = rule.refuses(module) or ("it has a forward of its own" if "forward" in module.__dict__ else None)
+        if why is None:
+            key = (type(module), rule.name)
+            if key not in judged:
+                judged[key] = difference(rule, module)
+            why = judged[key]
+        if why is None:
+            module.__class__ = subclass(type(module), rule.name, devices)
+            report.swapped.append(Entry(name, layer, rule.becomes))
+            return
+    if rule is not None or next(module.parameters(recurse=False), None) is not None:
+        report.kept.append(Entry(name, layer, why))
+    for child_name, child in module.named_children():
+        _visit(child, f"{name}.{child_name}" if name else child_name, report, devices, judged)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`, in place. A model that was not accelerated is left as it is.
+
+    Raises:
+        TypeError: a model that is not a module.
+        RuntimeError: a layer whose class was changed again since, as fully_shard does; nothing is restored then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {kind(model)}")
+    swapped = {name: part for name, part in model.named_modules() if isinstance(part, Swapped)}
+    for name, part in swapped.items():
+        if "convdit_original" not in type(part).__dict__:
+            raise RuntimeError(
+                f"model: {name or 'it'} has become a {type(part).__name__} since it was accelerated; restore it before"
+            )
+    for part in swapped.values():
+        part.__class__ = type(part).convdit_original

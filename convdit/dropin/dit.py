@@ -1,0 +1,196 @@
+"""Transformer blocks with adaLN-Zero: facebookresearch/DiT, SiT, diffusers' DiT; diffusers' AdaLayerNormZero alone.
+
+Attention and the MLP are called as they are, hooks and all: only norms, modulation and gates are computed by us. Where
+nothing could see the difference, the Linears of diffusers' attention and of both MLPs run as `products` says.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convdit import ops
+
+from . import products
+from .swap import Rule, defined_by, touched, watched
+
+_OFFICIAL = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
+_FINAL = {"norm_final", "linear", "adaLN_modulation"}
+_DIFFUSERS = ("diffusers.models.attention", "BasicTransformerBlock")
+_ADALN = ("diffusers.models.normalization", "AdaLayerNormZero")
+
+
+def plain_norm(norm: nn.Module) -> str | None:
+    """Why a module is not a LayerNorm without parameters over the last axis."""
+    if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
+        return f"its norm is {type(norm).__name__}"
+    if norm.weight is not None or norm.bias is not None:
+        return "its norm has weights of its own"
+    return None
+
+
+def _tokens(x: Tensor, like: nn.Linear) -> bool:
+    return x.dim() == 3 and x.dtype == like.weight.dtype
+
+
+# ---- facebookresearch/DiT and SiT ----------------------------------------------------------------
+
+
+def _is_official(module: nn.Module) -> bool:
+    return defined_by(module)[1] in ("DiTBlock", "SiTBlock") and set(module._modules) == _OFFICIAL
+
+
+def _refuses_official(block: nn.Module) -> str | None:
+    return plain_norm(block.norm1) or plain_norm(block.norm2) or touched(block, "norm1", "norm2")
+
+
+def _official(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
+    y = block.attn(ops.layer_norm_modulate(x, shift1, scale1, block.norm1.eps))
+    x, y = ops.gated_residual_layer_norm_modulate(x, y, gate1, shift2, scale2, block.norm2.eps)
+    return ops.gated_residual(x, _mlp(block.mlp, y), gate2)
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """mlp(x), of timm's Mlp."""
+    known = defined_by(mlp) == ("timm.layers.mlp", "Mlp") and products.usable(x) and _gelu_tanh(mlp.act)
+    idle = known and not (mlp.drop1.p or mlp.drop2.p) and type(mlp.norm) is nn.Identity
+    if not idle or not (products.plain(mlp.fc1) and products.plain(mlp.fc2)) or watched(mlp):
+        return mlp(x)
+    return products.mlp(x, mlp.fc1, mlp.fc2)
+
+
+def _gelu_tanh(act: nn.Module) -> bool:
+    return type(act) is nn.GELU and act.approximate == "tanh"
+
+
+def _official_example(block: nn.Module) -> tuple[tuple, dict]:
+    return _random((2, 5, block.norm1.normalized_shape[0]), (2, block.norm1.normalized_shape[0])), {}
+
+
+def _is_final(module: nn.Module) -> bool:
+    return defined_by(module)[1] == "FinalLayer" and set(module._modules) == _FINAL
+
+
+def _refuses_final(layer: nn.Module) -> str | None:
+    return plain_norm(layer.norm_final) or touched(layer, "norm_final")
+
+
+def _final(layer: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    shift, scale = layer.adaLN_modulation(c).chunk(2, dim=1)
+    return layer.linear(ops.layer_norm_modulate(x, shift, scale, layer.norm_final.eps))
+
+
+def _final_example(layer: nn.Module) -> tuple[tuple, dict]:
+    return _random((2, 5, layer.norm_final.normalized_shape[0]), (2, layer.norm_final.normalized_shape[0])), {}
+
+
+# ---- diffusers -----------------------------------------------------------------------------------
+
+
+def _is_diffusers(module: nn.Module) -> bool:
+    return defined_by(module) == _DIFFUSERS and module.norm_type == "ada_norm_zero"
+
+
+def _refuses_diffusers(block: nn.Module) -> str | None:
+    if block.attn2 is not None or block.pos_embed is not None or "fuser" in block._modules:
+        return "it has cross-attention, a position embedding or a fuser"
+    if block._chunk_size is not None:
+        return "its feed-forward runs in chunks"
+    if defined_by(block.norm1) != _ADALN:
+        return f"its norm is {type(block.norm1).__name__}"
+    why = plain_norm(block.norm1.norm) or plain_norm(block.norm3)
+    return why or touched(block, "norm1", "norm1.norm", "norm3")
+
+
+def _diffusers(
+    block: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    cross_attention_kwargs: dict | None = None,
+    class_labels: Tensor | None = None,
+    added_cond_kwargs: dict | None = None,
+) -> Tensor:
+    x, norm1 = hidden_states, block.norm1
+    emb = norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(norm1.silu(emb)).chunk(6, dim=1)
+    y = ops.layer_norm_modulate(x, shift1, scale1, norm1.norm.eps)
+    encoder = encoder_hidden_states if block.only_cross_attention else None
+    options = cross_attention_kwargs or {}
+    if attention_mask is None and encoder is None and not options and _attends_plainly(block.attn1, y):
+        y = _attend(block.attn1, y)
+    else:
+        y = block.attn1(y, encoder_hidden_states=encoder, attention_mask=attention_mask, **options)
+    x, y = ops.gated_residual_layer_norm_modulate(x, y, gate1, shift2, scale2, block.norm3.eps)
+    return ops.gated_residual(x, _feed_forward(block.ff, y), gate2)
+
+
+def _attends_plainly(attn: nn.Module, x: Tensor) -> bool:
+    if not products.usable(x) or type(attn.processor).__name__ != "AttnProcessor2_0" or attn.to_out is None:
+        return False
+    others = (attn.group_norm, attn.spatial_norm, attn.norm_q, attn.norm_k)
+    if any(other is not None for other in others) or attn.residual_connection or attn.rescale_output_factor != 1:
+        return False
+    linears = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+    return all(map(products.plain, linears)) and not attn.to_out[1].p and not watched(attn)
+
+
+def _attend(attn: nn.Module, x: Tensor) -> Tensor:
+    heads = (products.linear(x, layer) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in heads)
+    return products.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attn.to_out[0])
+
+
+def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+    """ff(x), of diffusers' FeedForward."""
+    known = products.usable(x) and len(ff.net) == 3 and type(ff.net[0]).__name__ == "GELU" and not ff.net[1].p
+    if known and ff.net[0].approximate == "tanh" and products.plain(ff.net[0].proj) and products.plain(ff.net[2]):
+        if not watched(ff):
+            return products.mlp(x, ff.net[0].proj, ff.net[2])
+    return ff(x)
+
+
+def _diffusers_example(block: nn.Module) -> tuple[tuple, dict]:
+    conditions = {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([0, 0])}
+    return _random((2, 5, block.dim)), conditions
+
+
+def _refuses_adaln(layer: nn.Module) -> str | None:
+    return plain_norm(layer.norm) or touched(layer, "norm")
+
+
+def _adaln(layer, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+    if layer.emb is not None:
+        emb = layer.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, *rest = layer.linear(layer.silu(emb)).chunk(6, dim=1)
+    return ops.layer_norm_modulate(x, shift, scale, layer.norm.eps), *rest
+
+
+def _adaln_example(layer: nn.Module) -> tuple[tuple, dict]:
+    x, emb = _random((2, 5, layer.linear.in_features), (2, layer.linear.in_features))
+    if layer.emb is None:
+        return (x,), {"emb": emb}
+    conditions = {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([0, 0])}
+    return (x,), {**conditions, "hidden_dtype": torch.float64}
+
+
+def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
+_FUSED = "convdit.ops.layer_norm_modulate, gated_residual_layer_norm_modulate and gated_residual"
+RULES = (
+    Rule("dit_block", _FUSED, _is_official, _refuses_official,
+         lambda block, x: _tokens(x, block.adaLN_modulation[-1]), _official, _official_example),
+    Rule("dit_final", "convdit.ops.layer_norm_modulate", _is_final, _refuses_final,
+         lambda layer, x: _tokens(x, layer.linear), _final, _final_example),
+    Rule("diffusers_block", _FUSED, _is_diffusers, _refuses_diffusers,
+         lambda block, x: _tokens(x, block.norm1.linear), _diffusers, _diffusers_example),
+    Rule("diffusers_adaln", "convdit.ops.layer_norm_modulate", lambda m: defined_by(m) == _ADALN, _refuses_adaln,
+         lambda layer, x: _tokens(x, layer.linear), _adaln, _adaln_example),
+)  # fmt: skip

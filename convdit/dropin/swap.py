@@ -1,0 +1,150 @@
+"""How a fast forward is put under somebody else's module, and taken away again.
+
+The module gets a class of its own: a subclass of its class, with the same name, whose `forward` is ours. So its
+parameters, buffers, hooks, training flag and state_dict are what they were, `isinstance` still holds, a deep copy is
+accelerated too, and a pickle names the original class and the rule.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the operators' float64 is for checks, and not fast
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of layer is recognised and computed.
+
+    Attributes:
+        name: of the rule, in pickles.
+        becomes: what computes the layer, for the report.
+        knows: whether a module is of this kind.
+        refuses: why a module of this kind is left alone, or None. Asked again at each call, so that a hook or another
+            layer put inside later is not passed over.
+        gains: (module, x): whether an input is of a shape and layout that the operators compute faster.
+        compute: (module, *arguments of its forward): the same result, by the operators.
+        example: arguments of its forward, in float64, to hold `compute` against the original with.
+    """
+
+    name: str
+    becomes: str
+    knows: Callable[[nn.Module], bool]
+    refuses: Callable[[nn.Module], str | None]
+    gains: Callable[[nn.Module, Tensor], bool]
+    compute: Callable[..., object]
+    example: Callable[[nn.Module], tuple[tuple, dict]]
+
+
+_RULES: dict[str, Rule] = {}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Swapped:
+    """Beside a module's own class, the base of the class that it gets."""
+
+    convdit_original: type
+    convdit_rule: str
+    convdit_devices: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol: int):
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _empty, (self.convdit_original, self.convdit_rule, self.convdit_devices), *state
+
+
+def register(*rules: Rule) -> tuple[Rule, ...]:
+    _RULES.update({rule.name: rule for rule in rules})
+    return rules
+
+
+@functools.cache
+def subclass(original: type, rule_name: str, devices: tuple[str, ...]) -> type:
+    """The class that modules of class `original` get."""
+    rule, slow = _RULES[rule_name], original.forward
+
+    @functools.wraps(slow)
+    def forward(self, x, *args, **kwargs):
+        if (
+            isinstance(x, Tensor)
+            and x.device.type in devices
+            and x.dtype in FAST_DTYPES
+            and (torch.compiler.is_compiling() or forward_ad._current_level < 0)  # the operators have no forward mode
+            and rule.refuses(self) is None
+            and rule.gains(self, x)
+        ):
+            return rule.compute(self, x, *args, **kwargs)
+        return slow(self, x, *args, **kwargs)
+
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    parts = {"convdit_original": original, "convdit_rule": rule_name, "convdit_devices": devices}
+    return type(original.__name__, (Swapped, original), {**names, **parts, "forward": forward})
+
+
+def _empty(original: type, rule_name: str, devices: tuple[str, ...]) -> nn.Module:
+    cls = subclass(original, rule_name, devices)
+    return cls.__new__(cls)
+
+
+def difference(rule: Rule, module: nn.Module) -> str | None:
+    """What is different between a layer and its replacement, computed in float64 on random weights; None if nothing.
+
+    Classes are recognised by their names and attributes, and another version of a class may compute something else.
+    """
+    try:  # it runs somebody else's code
+        twin = _twin(module)
+        args, kwargs = rule.example(twin)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            right, ours = type(twin).forward(twin, *args, **kwargs), rule.compute(twin, *args, **kwargs)
+        torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6)
+    except Exception as error:
+        return f"it is not what its name says: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in float64, without hooks, with random weights: zeros, as in a fresh model, would hide much."""
+    twin = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for part in twin.modules():
+        for hooks in _HOOKS:
+            getattr(part, hooks).clear()
+    for values in (*twin.parameters(), *twin.buffers()):
+        if values.is_floating_point():
+            values.data = torch.randn(values.shape, generator=generator, dtype=values.dtype) * 0.3
+    return twin
+
+
+def touched(module: nn.Module, *inner: str) -> str | None:
+    """Why layers inside a module may not be passed over: a hook, or a forward of their own."""
+    for path in inner:
+        part = module
+        for name in path.split("."):
+            part = part._modules[name]
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return f"a hook on {path} would not be called"
+        if "forward" in part.__dict__:
+            return f"{path} has a forward of its own"
+    return None
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a hook, or a forward of its own, is on a module or inside it."""
+    return any("forward" in part.__dict__ or any(getattr(part, h) for h in _HOOKS) for part in module.modules())
+
+
+def own_class(module: nn.Module) -> type:
+    """A module's class, before it was swapped."""
+    return getattr(module, "convdit_original", type(module))
+
+
+def defined_by(module: nn.Module) -> tuple[str, str]:
+    """(module, name) of the class that defines a module's forward."""
+    cls = next(c for c in own_class(module).__mro__ if "forward" in c.__dict__)
+    return cls.__module__, cls.__name__

@@ -1,0 +1,106 @@
+"""What ptxas makes of the kernels: no spills and no local memory on any GPU, and the instructions of the fast paths.
+
+The PTX for compute_80 is assembled for each architecture that we build for; nvdisasm (package nvidia-cuda-nvdisasm)
+shows the code for sm_80.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import build
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+COPY, LOAD, STORE = "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"
+# Room, pattern of a kernel's name without namespaces, instructions that it must have.
+FAST = [
+    ("adaln", r"norm_runs(_backward)?<(float, float|bf16, bf16|f16, f16)", (LOAD, STORE)),
+    ("attention", r"_mma<", (COPY, "HMMA", "LDSM", STORE)),
+    ("attention", r"_fma<", (COPY,)),
+    ("depthwise_conv", r"(forward_strips|weight_tiles)<", (COPY,)),
+    ("grn", r"sum_tiles<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
+    ("grn", r"apply_(forward|backward)<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
+    ("sparse_depthwise_conv", r"(forward|weight)_windows<", (COPY,)),
+]
+
+
+def ptxas(ptx: Path, architecture: str, cubin: str = os.devnull) -> dict[str, dict[str, int]]:
+    """Of each kernel (by symbol): registers, spilled bytes, bytes of local and of static shared memory."""
+    command = ["ptxas", f"-arch={architecture}", "-v", "-o", cubin, str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise build.BuildError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    result = {}
+    for match in re.finditer(
+        r"Compiling entry function '(\S+)' for.*?(?=Compiling entry function|\Z)", done.stderr, re.S
+    ):
+
+        def number(pattern: str, text: str = match[0]) -> int:
+            return sum(int(n) for n in re.findall(pattern, text))
+
+        result[match[1]] = {
+            "registers": number(r"Used (\d+) registers"),
+            "spills": number(r"(\d+) bytes spill (?:stores|loads)"),
+            "local": number(r"(\d+) bytes stack frame"),
+            "shared": number(r"(\d+) bytes smem"),
+        }
+    return result
+
+
+def nvdisasm() -> str:
+    places = [Path(p) / "nvidia" / "cu13" / "bin" for p in sys.path]
+    found = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(map(str, places)))
+    if found is None:
+        raise build.BuildError("nvdisasm was not found. Cure: pip install nvidia-cuda-nvdisasm")
+    return found
+
+
+def instructions(cubin: str) -> dict[str, set[str]]:
+    """The opcodes of each kernel (by symbol)."""
+    text = subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    kernels: dict[str, set[str]] = {}
+    for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
+        kernels[part.split(":", 1)[0]] = set(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", part))
+    return kernels
+
+
+def demangle(symbol: str) -> str:
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
+    return re.sub(r"\(anonymous namespace\)::|convdit::(cuda::)?|^void ", "", name)
+
+
+def problems(room: str, ptx: Path) -> list[str]:
+    """What is wrong, in words."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder) / "kernels.cubin")
+        tasks = [build.pool().submit(ptxas, ptx, a, cubin if a == "sm_80" else os.devnull) for a in ARCHITECTURES]
+        for architecture, task in zip(ARCHITECTURES, tasks, strict=True):
+            for symbol, row in task.result().items():
+                if row["spills"] or row["local"]:
+                    name = demangle(symbol).split("(")[0]
+                    found.append(f"{room}: {name}, {architecture}: {row['spills']} bytes spilled, {row['local']} local")
+        opcodes = {demangle(symbol): ops for symbol, ops in instructions(cubin).items()}
+    for of, pattern, wanted in FAST:
+        kernels = {name: ops for name, ops in opcodes.items() if of == room and re.match(r"\w*" + pattern, name)}
+        if of == room and not kernels:
+            found.append(f"{room}: no kernel is called {pattern}")
+        for name, ops in kernels.items():
+            missing = [w for w in wanted if not any(op.startswith(w) for op in ops)]
+            found += [f"{room}: {name.split('(')[0]}: no {w} in its code" for w in missing]
+    return found
+
+
+def main(rooms: list[str]) -> int:
+    found = []
+    for room in rooms:
+        source = build.ROOT / "csrc" / room / "cuda.cu"
+        found += problems(room, build.nvcc_output(source, "compute_80", build.ROOT / "csrc") / "kernels.ptx")
+    print("\n".join([*found, f"code: {len(rooms)} rooms for {', '.join(ARCHITECTURES)}, {len(found)} problems"]))
+    return bool(found)

@@ -1,0 +1,27 @@
+"""The checks of ptxas's code find spills, local memory and missing instructions, in a kernel that has them."""
+
+from . import build, code
+
+SOURCE = """
+#include <cuda_runtime.h>
+namespace convdit::cuda {
+// An array indexed at run time has to be in local memory.
+__global__ void apply_forward(const float* x, int* index, float* y) {
+  float kept[64];
+  for (int i = 0; i < 64; ++i) kept[i] = x[i * 32 + threadIdx.x];
+  for (int i = 0; i < 64; ++i) kept[index[i]] += kept[i];
+  for (int i = 0; i < 64; ++i) y[i * 32 + threadIdx.x] = kept[i];
+}
+__global__ void wide(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+}
+"""
+
+
+def test_spills_and_missing_instructions_are_found(tmp_path, monkeypatch):
+    (tmp_path / "cuda.cu").write_text(SOURCE)
+    ptx = build.nvcc_output(tmp_path / "cuda.cu", "compute_80", tmp_path) / "kernels.ptx"
+    wanted = [("a room", "apply", (code.LOAD,)), ("a room", "wide", (code.LOAD, code.STORE)), ("a room", "absent", ())]
+    monkeypatch.setattr(code, "FAST", wanted)
+    found = code.problems("a room", ptx)
+    local = [f"a room: apply_forward, {a}: 0 bytes spilled, 256 local" for a in code.ARCHITECTURES]
+    assert found == [*local, "a room: apply_forward: no LDG.E.128 in its code", "a room: no kernel is called absent"]
