@@ -88,11 +88,24 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="samples.png", help=".png grid or .npz arrays (%(default)s)")
     sample.add_argument("--classes", nargs="+", help="names or numbers (default: all)")
     sample.add_argument("--count", type=int, default=8, help="pictures a class (%(default)s)")
-    sample.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
+    text = "scale; 1: none; several: side by side in one picture, as 1.5 2 4 6 (2)"
+    sample.add_argument("--guidance", type=float, nargs="+", default=[2.0], help=text)
     sample.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
     sample.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+
+    walk = add("walk", _walk, "a walk between two noises, or between two classes, as strips or a GIF")
+    walk.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
+    walk.add_argument("--out", default="walk.png", help=".png strips or .gif (%(default)s)")
+    walk.add_argument("--kind", default="class", help="latent or class (%(default)s)")
+    walk.add_argument("--classes", nargs="+", help="names or numbers: one for a latent walk, two for a class walk")
+    walk.add_argument("--frames", type=int, default=9, help="pictures of a walk (%(default)s)")
+    walk.add_argument("--rows", type=int, default=4, help="walks (%(default)s)")
+    walk.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
+    walk.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    walk.add_argument("--seed", type=int, default=0)
+    walk.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
     convert = add("convert", _convert, "convert a checkpoint between formats")
     convert.add_argument(
@@ -102,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", help="the same as OUT")
     convert.add_argument("--to", required=True, metavar="FORMAT", help="convdit, timm, ...")
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
+    convert.add_argument("--input-size", type=int, nargs="+", help="of a DiT's latent, for its position table")
     convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place")
 
     fast = add(
@@ -121,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     bench.add_argument("--out", metavar="FILE.json", help="write the rows, a plot and a page; or a folder")
     flops = add("flops", _flops, "multiply-adds and parameters of a model")
-    flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...")
+    flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...; DiT: its twelve sizes")
+    flops.add_argument("--conditioning", metavar="NAME", help="a design of DiT: adaln_zero, adaln, ...")
     flops.add_argument("--image-size", type=int, help="default: 224; DiT: latents of 32")
     flops.add_argument("--modules", action="store_true", help="one line for each module, too")
     flops.add_argument("--out", help="write it to this JSON file too")
@@ -284,13 +299,22 @@ def _sample(given: argparse.Namespace) -> None:
     print(f"samples: {given.out}")
 
 
+def _walk(given: argparse.Namespace) -> None:
+    from .training.walk import walk_to_file
+
+    names = ("kind", "classes", "frames", "rows", "guidance", "steps", "seed", "cpu")
+    walk_to_file(given.weights, Path(given.out), **{name: getattr(given, name) for name in names})
+    print(f"{given.kind} walk: {given.out}")
+
+
 def _convert(given: argparse.Namespace) -> None:
     from .training.convert import convert_file
 
     target = given.target or given.out
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
-    found, count = convert_file(given.source, Path(target), given.to, given.source_format, given.encoder_only)
+    options = (given.source_format, given.encoder_only, given.input_size)
+    found, count = convert_file(given.source, Path(target), given.to, *options)
     print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
 
 
@@ -313,7 +337,7 @@ def _info(given: argparse.Namespace) -> int:
 def _flops(given: argparse.Namespace) -> None:
     from .training.count import count
 
-    _report(count(given.model, given.image_size, given.modules), given.out)
+    _report(count(given.model, given.image_size, given.modules, given.conditioning), given.out)
 
 
 def _bench(given: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from convdit.cli import main
 from convdit.data import load
 
 SMALL = "--data digits --depths 1 1 --dims 8 16 --stem-stride 2 --batch-size 16 --steps 2 --cpu".split()
-COMMANDS = "demo pretrain finetune probe validate impact collapse reconstruct train-dit sample convert".split()
+COMMANDS = "demo pretrain finetune probe validate impact collapse reconstruct train-dit sample walk convert".split()
 COMMANDS += ["info", "bench", "flops"]
 
 
@@ -163,12 +163,74 @@ def test_sample_writes_a_grid_or_arrays_and_repeats_itself(diffusion, tmp_path):
     assert np.array_equal(one["images"], two["images"])
 
 
+def test_a_sweep_over_scales_is_one_picture_from_the_same_noise(diffusion, tmp_path):
+    arguments = ["sample", str(diffusion), "--steps", "3", "--count", "2", "--classes", "3", "7", "--cpu"]
+    for name, scales in (("sweep", ["1.5", "4"]), ("low", ["1.5"]), ("high", ["4"])):
+        assert main([*arguments, "--guidance", *scales, "--out", str(tmp_path / f"{name}.png")]) == 0
+    sweep, low, high = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("sweep", "low", "high"))
+    assert np.array_equal(sweep, np.concatenate([low, high], axis=1))
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("latent", ["3"]), ("class", ["3", "7"])])
+def test_a_walk_is_a_strip_of_small_steps_or_a_film(diffusion, tmp_path, kind, classes):
+    arguments = ["walk", str(diffusion), "--kind", kind, "--classes", *classes, "--steps", "3", "--cpu"]
+    arguments += ["--frames", "4", "--rows", "2"]
+    for name in ("a.png", "b.png", "c.gif"):
+        assert main([*arguments, "--out", str(tmp_path / name)]) == 0
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (4 * (64 + 2), 2 * (64 + 2))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    film = Image.open(tmp_path / "c.gif")
+    assert film.size == (2 * (64 + 2), 64 + 2)
+    if kind == "latent":  # equal frames, as between two classes hardly trained, become one
+        assert film.n_frames == 6
+
+
+def test_a_walk_starts_and_ends_at_the_pictures_of_its_classes_and_noises(diffusion):
+    from convdit.training.sample import PictureMaker
+    from convdit.training.walk import slerp, walk
+
+    maker = PictureMaker.load(diffusion, cpu=True)
+    with torch.no_grad():  # two steps of training have not touched the zeros
+        for parameter in maker.dit.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    strip = walk(maker, "class", [3, 7], 5, 1, 2.0, 3, 0)[0]
+    noise = torch.randn(1, *maker.latent_shape, generator=torch.Generator().manual_seed(0))
+    for frame, label in ((0, 3), (-1, 7)):
+        alone = maker.pictures(noise, torch.tensor([label]), 2.0, 3)[0]
+        torch.testing.assert_close(strip[frame], alone, rtol=0, atol=1e-4)
+    assert not torch.allclose(strip[0], strip[-1], atol=1e-3)
+    first, last = torch.randn(2, 1, 1, 4, 32, 32)
+    half = slerp(first, last, torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1, 1))
+    torch.testing.assert_close(half[0, [0, 2]], torch.cat([first[0], last[0]]), rtol=0, atol=1e-4)
+    assert half[0, 1].std() == pytest.approx(1, abs=0.05)
+
+
+def test_bad_walks_are_named(diffusion, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (["--kind", "time"], "kind: expected one of latent, class, got 'time'"),
+        (["--classes", "3"], "classes: expected 2 for a class walk, got 1"),
+        (["--frames", "1"], "frames: expected at least 2, got 1"),
+        (["--rows", "0"], "rows: expected at least 1, got 0"),
+        (["--steps", "0"], "steps: expected 1 to 1000"),
+        (["--out", "walk.npz"], "ending in .png or .gif"),
+    ):
+        assert message in fails(capsys, "walk", diffusion, *arguments)
+    line = fails(capsys, "sample", diffusion, "--guidance", 1.5, 4, "--out", "x.npz")
+    assert "guidance: expected one scale for .npz, got 2" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trained_dit_converts_to_diffusers_and_back(diffusion, tmp_path):
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     assert main(["convert", str(diffusion), str(there), "--to", "diffusers"]) == 0
     assert main(["convert", str(there), str(back), "--to", "convdit"]) == 0
     one, two = load_file(diffusion / "model.safetensors"), load_file(back)
     assert all(torch.equal(two[name], one[name]) for name in two) and set(one) - set(two) <= {"pos_embed"}
+    assert main(["convert", str(there), str(back), "--to", "dit_official", "--input-size", "4"]) == 0
+    two = load_file(back)
+    assert set(one) == set(two) and all(torch.equal(two[name], one[name]) for name in two)
 
 
 def test_resume_takes_the_options_of_the_run(pretrained, capsys):
@@ -269,6 +331,15 @@ def test_flops_agree_with_the_published_numbers(capsys):
     assert json.loads(capsys.readouterr().out)["gmacs"] == pytest.approx(4.46, abs=0.02)
     assert main(["flops", "DiT-XL/2"]) == 0
     assert json.loads(capsys.readouterr().out)["gmacs"] == pytest.approx(118.6, abs=0.1)
+    assert main(["flops", "DiT"]) == 0
+    table = json.loads(capsys.readouterr().out)["table"]
+    found = {line.split()[0]: float(line.split()[1]) for line in table}
+    paper = {"DiT-S/4": 1.41, "DiT-B/4": 5.56, "DiT-L/4": 19.70, "DiT-XL/4": 29.05}  # a little beside products, too
+    assert len(found) == 12 and {name: found[name] for name in paper} == pytest.approx(paper, abs=0.011)
+    assert main(["flops", "DiT-XL/2", "--conditioning", "cross_attention"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == pytest.approx(598.0e6, abs=5e4)
+    assert "conditioning: expected one of" in fails(capsys, "flops", "DiT-S/2", "--conditioning", "film")
+    assert "conditioning: expected none" in fails(capsys, "flops", "convnext_tiny", "--conditioning", "adaln")
     assert "expected one of" in fails(capsys, "flops", "resnet50")
 
 

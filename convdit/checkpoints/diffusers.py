@@ -8,7 +8,8 @@
 
 What no tensor shows: diffusers divides the timestep's frequencies by 127 instead of 128 and gives
 the LayerNorm before the MLP eps 1e-5 instead of 1e-6. Weights that were trained in one of the two
-give other outputs in the other; a conversion says so in a warning.
+give other outputs in the other; a conversion says so in a warning. `models.DiT(constants="diffusers")`
+computes as diffusers does.
 """
 
 from __future__ import annotations
@@ -184,6 +185,8 @@ def _warn() -> None:
     warnings.warn(
         "diffusers' DiT computes timestep frequencies (divisor 127, not 128) and one LayerNorm "
         "(eps 1e-5, not 1e-6) otherwise than facebookresearch/DiT and convdit: weights trained in "
-        "one of them give other outputs in the other",
+        "one of them give other outputs in the other. For weights trained in diffusers build "
+        'models.DiT(..., constants="diffusers"), which computes as it does; weights trained here need '
+        "downscale_freq_shift=0 and norm_eps=1e-6 there",
         stacklevel=4,
     )

@@ -106,7 +106,12 @@ def _shapes(state: Mapping[str, Tensor], design: str) -> dict[str, Shape]:
         shapes.update(_linear("final_layer.adaLN_modulation.1", _times(2, d), d))
     else:
         shapes.update(_norm("final_layer.norm_final", d))
-    if any(key.startswith("y_embedder.") for key in state):
+    if any(key.startswith("y_embedder.proj.") for key in state):  # a text in place of the class
+        context = state.get("y_embedder.proj.weight")
+        shapes.update(_linear("y_embedder.proj", d, None if context is None else context.shape[-1]))
+        if "y_embedder.null" in state:
+            shapes["y_embedder.null"] = (d,)
+    elif any(key.startswith("y_embedder.") for key in state):
         shapes["y_embedder.embedding_table.weight"] = (None, d)
     blocks = [int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))]
     for i in range(max(blocks, default=0) + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .. import checkpoints
@@ -14,10 +15,19 @@ def convert_file(
     to: str,
     source_format: str | None = None,
     encoder_only: bool = False,
+    input_size: Sequence[int] | None = None,
 ) -> tuple[str, int]:
-    """Writes ``target`` whole or not at all; returns the format found and the number of tensors."""
+    """Writes ``target`` whole or not at all; returns the format found and the number of tensors.
+
+    ``input_size`` is the side, or the height and width, of a DiT's latent.
+    """
+    size = None
+    if input_size is not None:
+        if len(input_size) not in (1, 2):
+            raise ValueError(f"input_size: expected one or two whole numbers, got {list(input_size)}")
+        size = (input_size[0], input_size[-1])
     state, _ = read_weights(source)
     found = source_format or checkpoints.detect(state)
-    out = checkpoints.convert(state, to, source_format, encoder_only=encoder_only)
+    out = checkpoints.convert(state, to, source_format, encoder_only=encoder_only, input_size=size)
     checkpoints.save(out, target)
     return found, len(out)

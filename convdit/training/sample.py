@@ -62,34 +62,53 @@ class PictureMaker:
         ``guidance`` is the scale of classifier-free guidance on all channels; 1 is none.
         """
         device = next(self.dit.parameters()).device
-        model = self.config["model"]
-        diffusion = GaussianDiffusion(STEPS, self.config["schedule"], str(steps), model["learn_sigma"])
         start = torch.Generator().manual_seed(seed)  # the same noise on every device
         later = torch.Generator(device).manual_seed(seed + 1)
-        side = model["input_size"]
         parts = []
         for part in labels.split(batch):
-            shape = (len(part), model["in_channels"], side, side)
-            noise = torch.randn(shape, generator=start).to(device)
-            arguments: dict[str, Any] = {"y": part.to(device)}
-            forward = self.dit
-            if guidance != 1.0:
-                forward = self.dit.forward_with_cfg
-                arguments |= {"cfg_scale": guidance, "channels": "all"}
-            x = diffusion.sample(
-                forward,
-                shape,
-                sampler=sampler,
-                clip_denoised=self.autoencoder is None,
-                noise=noise,
-                generator=later,
-                progress=progress,
-                **arguments,
-            )
-            if self.autoencoder is not None:
-                x = self.autoencoder.decode(x)
-            parts.append(((x + 1) / 2).clamp(0, 1).cpu())
+            noise = torch.randn(len(part), *self.latent_shape, generator=start)
+            parts.append(self.pictures(noise, part, guidance, steps, sampler, later, progress))
         return torch.cat(parts)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the model denoises."""
+        side = self.config["model"]["input_size"]
+        return self.config["model"]["in_channels"], side, side
+
+    @torch.no_grad()
+    def pictures(
+        self,
+        noise: Tensor,
+        y: Tensor,
+        guidance: float = 1.0,
+        steps: int = 50,
+        sampler: str = "ddim",
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Pictures (N, C, H, W) in [0, 1], on the CPU, from noise (N, ...) and labels or embeddings y."""
+        device = next(self.dit.parameters()).device
+        model = self.config["model"]
+        diffusion = GaussianDiffusion(STEPS, self.config["schedule"], str(steps), model["learn_sigma"])
+        arguments: dict[str, Any] = {"y": y.to(device)}
+        forward = self.dit
+        if guidance != 1.0:
+            forward = self.dit.forward_with_cfg
+            arguments |= {"cfg_scale": guidance, "channels": "all"}
+        x = diffusion.sample(
+            forward,
+            tuple(noise.shape),
+            sampler=sampler,
+            clip_denoised=self.autoencoder is None,
+            noise=noise.to(device),
+            generator=generator,
+            progress=progress,
+            **arguments,
+        )
+        if self.autoencoder is not None:
+            x = self.autoencoder.decode(x)
+        return ((x + 1) / 2).clamp(0, 1).cpu()
 
 
 def class_numbers(names: Sequence[str] | None, classes: Sequence[str]) -> list[int]:
@@ -114,11 +133,17 @@ def sample_to_file(
     classes: Sequence[str] | None = None,
     count: int = 8,
     cpu: bool = False,
+    guidance: Sequence[float] = (2.0,),
     **settings: Any,
 ) -> None:
-    """Writes ``count`` samples a class: a PNG grid, a row a class, or an .npz of the arrays."""
+    """Writes ``count`` samples a class: a PNG grid, a row a class, or an .npz of the arrays.
+
+    Several scales of ``guidance`` stand side by side in the PNG, in their order, from the same noise.
+    """
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"out: expected a name ending in .png or .npz, got {out}")
+    if len(guidance) > 1 and out.suffix != ".png":
+        raise ValueError(f"guidance: expected one scale for {out.suffix}, got {len(guidance)}")
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     if not 1 <= settings["steps"] <= STEPS:
@@ -126,10 +151,13 @@ def sample_to_file(
     maker = PictureMaker.load(source, cpu)
     numbers = class_numbers(classes, maker.classes)
     labels = torch.tensor(numbers).repeat_interleave(count)
-    pictures = maker.sample(labels, progress=True, **settings)
+    sweep = [maker.sample(labels, scale, progress=True, **settings) for scale in guidance]
     if out.suffix == ".png":
-        save_png(out, grid(pictures, columns=count, zoom=max(1, 64 // pictures.shape[-1])))
+        side_by_side = torch.stack([pictures.unflatten(0, (-1, count)) for pictures in sweep], dim=1).flatten(0, 2)
+        zoom = max(1, 64 // side_by_side.shape[-1])
+        save_png(out, grid(side_by_side, columns=count * len(sweep), zoom=zoom))
         return
+    (pictures,) = sweep
     images = (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     def write(temporary: Path) -> None:

@@ -120,18 +120,20 @@ def test_an_fcmae_goes_to_minkowski_and_its_encoder_into_a_dense_model(images):
     assert set(left) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
 
 
-def dit():
+def dit(constants="official"):
     return models.DiT(
         input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4,
-        num_classes=10,
+        num_classes=10, constants=constants,
     )  # fmt: skip
 
 
-def diffusers_dit(diffusers):
+def diffusers_dit(diffusers, constants):
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
-        sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
+        sample_size=8, patch_size=2, num_embeds_ada_norm=10, **({"norm_eps": 1e-6} if constants == "official" else {}),
     )  # fmt: skip
+    if constants == "diffusers":
+        return model
     for block in model.transformer_blocks:
         # The one constant besides eps in which diffusers differs from the official DiT.
         block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -139,12 +141,13 @@ def diffusers_dit(diffusers):
 
 
 @pytest.mark.filterwarnings("ignore:diffusers' DiT computes")
+@pytest.mark.parametrize("constants", ["official", "diffusers"])
 @torch.no_grad()
-def test_diffusers_outputs_and_the_way_back():
+def test_diffusers_outputs_and_the_way_back(constants):
     diffusers = pytest.importorskip("diffusers")
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     t, y = torch.tensor([0, 17, 999]), torch.tensor([0, 9, 10])
-    theirs, ours = randomise(diffusers_dit(diffusers)), dit().eval()
+    theirs, ours = randomise(diffusers_dit(diffusers, constants)), dit(constants).eval()
     first = theirs.transformer_blocks[0].norm1.emb.state_dict()
     for block in theirs.transformer_blocks:
         block.norm1.emb.load_state_dict(first)
@@ -167,3 +170,39 @@ def test_a_state_without_a_position_table_loads_strictly():
         loaded.pos_embed.fill_(7.0)
     loaded.load_state_dict(converted)
     assert all(map(torch.equal, loaded.state_dict().values(), ours.state_dict().values()))
+
+
+@pytest.mark.filterwarnings("ignore:diffusers' DiT computes")
+def test_the_names_and_shapes_of_the_full_size_dit_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,
+            sample_size=32, patch_size=2, num_embeds_ada_norm=1000,
+        ).state_dict()  # fmt: skip
+        ours = models.DiT_XL_2().state_dict()
+    del ours["pos_embed"]  # a check of its values comes before; there are none here
+    there = checkpoints.convert(ours | {"pos_embed": models.DiT(32, 2, 4, 1152, 1, 16).pos_embed}, "diffusers")
+    assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@torch.no_grad()
+def test_a_sit_computes_the_first_half_of_what_a_dit_of_its_weights_does():
+    from convdit.diffusion import RectifiedFlow
+
+    ours = randomise(dit())
+    sit = checkpoints.convert(ours.state_dict(), "sit")
+    loaded = dit().eval()
+    loaded.load_state_dict(checkpoints.convert(sit, "convdit", source="sit"))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.7]), torch.tensor([3, 9])
+    assert torch.equal(RectifiedFlow().velocity(loaded, x, t, y=y), ours(x, t, y)[:, :4])
+
+
+def test_a_dit_conditioned_on_text_is_checked_and_kept():
+    text = dict(input_size=8, hidden_size=32, depth=1, num_heads=4, num_classes=0, conditioning="cross_attention")
+    ours = randomise(models.DiT(**text, context_dim=20))
+    state = ours.state_dict()
+    kept = checkpoints.convert(state, "convdit")
+    assert kept.keys() == state.keys() and all(torch.equal(kept[name], state[name]) for name in state)
+    with pytest.raises(ValueError, match="missing keys: 'y_embedder.proj.bias'"):
+        checkpoints.convert({k: v for k, v in state.items() if k != "y_embedder.proj.bias"}, "convdit")
