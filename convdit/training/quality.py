@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import EMBEDDED
 from ..data.errors import DataError, require
 from .common import device_of, open_data
 from .finetune import load_classifier
@@ -72,7 +73,11 @@ def classifier(source: str | Path, device: torch.device) -> Extractor:
     model.to(device)
 
     def extract(images: Tensor) -> Features:
-        images = normalise(images)
+        if model.in_chans == 1 and images.shape[1] == 3:
+            if not torch.equal(images[:, :1].expand_as(images), images):
+                raise ValueError("judge: expected a classifier of colour pictures, as the samples are, got one of grey")
+            images = images[:, :1]
+        images = normalise(images.expand(-1, model.in_chans, -1, -1))
         spatial = model.forward_intermediates(images)[-1][:, :_SPATIAL].flatten(1)
         pooled = model.forward_features(images)
         return Features(pooled, spatial, model.head(pooled))
@@ -176,26 +181,20 @@ def evaluate(
         raise ValueError(f"out: expected a name ending in .npz, got {out}")
     device = device_of(cpu)
     extract = inception(weights, device) if weights else classifier(judge, device)
+    if real not in EMBEDDED and not Path(real).exists():
+        raise DataError(f"real: {real}: no such file or folder, and not one of {', '.join(EMBEDDED)}")
     labels = None
     if Path(source).suffix == ".npz":
         samples = read_npz(Path(source))[:count]
-        shape = tuple(samples.shape[1:])
     else:
         maker = PictureMaker.load(source, cpu)
         labels = torch.arange(count) % len(maker.classes)  # as many of each class
-    if Path(real).suffix == ".npz":
-        reference = read_npz(Path(real))
-    else:
-        reference = _pictures(real, maker.config["channels"] if labels is not None else shape[-1], labels, source)
-    if labels is not None:
-        pictures = maker.sample(labels, guidance, steps, sampler, seed, progress)
-        samples = to_uint8(pictures)
+        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress))
+    reference = read_npz(Path(real)) if Path(real).suffix == ".npz" else real_pictures(real, samples.shape[1])
     if samples.shape[1:3] != reference.shape[1:3]:
         raise ValueError(
             f"real: expected pictures of the samples' {tuple(samples.shape[1:3])}, got {tuple(reference.shape[1:3])}"
         )
-    if samples.shape[-1] != reference.shape[-1]:  # a grey picture as an evaluator's file keeps it
-        samples, reference = (x[..., :1] if judge else x.expand(-1, -1, -1, 3) for x in (samples, reference))
     if out is not None:
         write_npz(Path(out), samples, labels)
     figures = measure(*(features_of(extract, x, device) for x in (samples, reference)))
@@ -203,14 +202,8 @@ def evaluate(
     return {"features": name, "samples": len(samples), "real": len(reference), **figures}
 
 
-def _pictures(real: str, channels: int, labels: Tensor | None, source: str | Path) -> Tensor:
-    """The training pictures of a data set, at the size of the run that made the samples."""
-    size = None
-    if labels is not None:
-        from .runs import CONFIG, read_json
-
-        options = read_json(Path(source) / CONFIG)["options"] if Path(source).is_dir() else {}
-        size = options.get("image_size")
-    dataset = open_data(DataOptions(real, size, channels)).train
+def real_pictures(real: str, size: int) -> Tensor:
+    """The training pictures of a data set, uint8 (N, size, size, C)."""
+    dataset = open_data(DataOptions(real, size)).train
     parts = [dataset.batch(range(i, min(i + 500, len(dataset))))[0] for i in range(0, len(dataset), 500)]
     return to_uint8(torch.cat(parts))

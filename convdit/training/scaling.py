@@ -80,7 +80,7 @@ def scaling(out: str | Path, quick: bool = False, seed: int = 0, settings: Scali
     accuracy = stages("judge", "the classifier that judges", judge)
     device = torch.device("cpu")
     extract = quality.classifier(out / "runs" / "judge", device)
-    reference = quality._pictures("digits", 1, None, "")
+    reference = quality.real_pictures("digits", 16)
     real = quality.features_of(extract, reference, device)
 
     def fids(maker: PictureMaker, counts: tuple[int, ...]) -> dict[str, float]:
