@@ -106,6 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
     walk.add_argument("--seed", type=int, default=0)
     walk.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    judged = add("evaluate", _evaluate, "FID, sFID, inception score, precision and recall of samples")
+    judged.add_argument("samples", help="run folder of train-dit to sample from, or an .npz with arr_0")
+    judged.add_argument("--real", default="mnist5k", help="a data set, or an .npz with arr_0 (%(default)s)")
+    features = judged.add_mutually_exclusive_group(required=True)
+    features.add_argument("--weights", help="torch-fidelity's file of Inception v3")
+    features.add_argument("--judge", help="run folder of finetune, whose features take its place")
+    judged.add_argument("--npz", help="write the samples as the evaluator of ADM reads them")
+    judged.add_argument("--count", type=int, default=1000, help="samples (%(default)s)")
+    judged.add_argument("--guidance", type=float, default=1.0, help="1: none (%(default)s)")
+    judged.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    judged.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
+    judged.add_argument("--seed", type=int, default=0)
+    judged.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    judged.add_argument("--out", help="write the figures to this JSON file too")
+    scaling = add("scaling", _scaling, "quality against compute on small real pictures, for DiT and a U-Net")
+    scaling.add_argument("--out", default="scaling", help="folder of the plots and runs (%(default)s)")
+    scaling.add_argument("--quick", action="store_true", help="a minute: shows that everything runs")
+    scaling.add_argument("--seed", type=int, default=0)
 
     convert = add("convert", _convert, "convert a checkpoint between formats")
     convert.add_argument(
@@ -305,6 +323,31 @@ def _walk(given: argparse.Namespace) -> None:
     names = ("kind", "classes", "frames", "rows", "guidance", "steps", "seed", "cpu")
     walk_to_file(given.weights, Path(given.out), **{name: getattr(given, name) for name in names})
     print(f"{given.kind} walk: {given.out}")
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from .training.quality import evaluate
+
+    figures = evaluate(
+        given.samples,
+        given.real,
+        given.npz,
+        given.weights,
+        given.judge,
+        given.count,
+        given.guidance,
+        given.steps,
+        given.sampler,
+        given.seed,
+        given.cpu,
+    )
+    _report(figures, given.out)
+
+
+def _scaling(given: argparse.Namespace) -> None:
+    from .training.scaling import scaling
+
+    print(f"plots: {scaling(given.out, given.quick, given.seed)}")
 
 
 def _convert(given: argparse.Namespace) -> None:

@@ -1,0 +1,183 @@
+"""``convdit scaling``: the talk's "compute is all that matters", small, on real handwritten digits, on a CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.errors import require
+from ..flops import flops
+from . import build, quality
+from .demo import Stages
+from .finetune import finetune
+from .options import CONDITIONINGS, DiTOptions, FinetuneOptions
+from .runs import RunError, read_json, write_json, write_whole
+from .sample import PictureMaker
+from .train_dit import train_dit
+
+CAPTION = (
+    "Digits of scikit-learn, 16x16 pixels, no autoencoder. Every network: the same steps, batch, learning rate, one "
+    "seed; none tuned. Quality is the Fréchet distance of {samples} DDIM samples, without guidance, to {real} training "
+    "pictures, in features of a ConvNeXt V2 trained on the same digits: it compares points of this plot with each "
+    "other, not with published FIDs, and {samples} samples bias it upwards. Gflops are multiply-adds of one forward of "
+    "one picture, as in the paper. So small a grid with one seed suggests a trend; it proves none."
+)
+
+
+def _settings(**values: Any) -> Any:
+    return field(default_factory=lambda: dict(values))
+
+
+@dataclass
+class ScalingSettings:
+    """What is trained, and how long."""
+
+    seed: int = 0
+    sizes: dict[str, Any] = _settings(XS=(32, 2), S=(64, 3), M=(96, 3))  # width and blocks
+    patches: tuple[int, ...] = (8, 4, 2)
+    designs: tuple[str, int] = ("S", 4)  # size and patch of the comparison of block designs
+    unets: tuple[int, ...] = (8, 16)  # channels at full resolution
+    train: dict[str, Any] = _settings(steps=200, batch_size=64, lr=2e-3, ema=0.99, label_init_std=0.3, warmup=20)
+    judge: dict[str, Any] = _settings(steps=150, lr=2e-3)
+    samples: int = 300
+    sampling_steps: tuple[int, ...] = (2, 4, 8, 16, 32)  # the last one everywhere else
+
+    @classmethod
+    def quick(cls) -> ScalingSettings:
+        return cls(
+            sizes={"XS": (16, 1), "S": (32, 1)},
+            patches=(8, 4),
+            designs=("XS", 8),
+            unets=(8,),
+            train={"steps": 3, "batch_size": 16, "lr": 2e-3},
+            judge={"steps": 3},
+            samples=20,
+            sampling_steps=(1, 2),
+        )
+
+
+def scaling(out: str | Path, quick: bool = False, seed: int = 0, settings: ScalingSettings | None = None) -> Path:
+    """Trains and judges everything in ``out``, and goes on where it was stopped; gives the PNG's path.
+
+    ``out/scaling.json`` holds the figures and the caption.
+    """
+    require("matplotlib", "plots")
+    settings = settings or (ScalingSettings.quick() if quick else ScalingSettings())
+    settings.seed = seed
+    out = Path(out)
+    _open(out, settings)
+    common = {"data": "digits", "cpu": True, "seed": seed}
+    stages = Stages(out)
+
+    def judge() -> dict[str, Any]:
+        options = FinetuneOptions(**common, **settings.judge)
+        return finetune(options, out / "runs" / "judge", (out / "runs" / "judge").exists())[1]
+
+    accuracy = stages("judge", "the classifier that judges", judge)
+    device = torch.device("cpu")
+    extract = quality.classifier(out / "runs" / "judge", device)
+    reference = quality.real_pictures("digits", 16)
+    real = quality.features_of(extract, reference, device)
+
+    def fids(maker: PictureMaker, counts: tuple[int, ...]) -> dict[str, float]:
+        labels = torch.arange(settings.samples) % len(maker.classes)
+        found = {}
+        for steps in counts:
+            pictures = quality.to_uint8(maker.sample(labels, steps=steps, seed=seed))
+            found[str(steps)] = quality.measure(quality.features_of(extract, pictures, device), real)["fid"]
+        return found
+
+    def network(name: str, counts: tuple[int, ...], **changes: Any) -> dict[str, Any]:
+        options = DiTOptions(**common, **{"learn_sigma": False, **settings.train, **changes})
+
+        def stage() -> dict[str, Any]:
+            run = out / "runs" / name
+            maker = train_dit(options, run, run.exists())
+            one = (torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+            count = flops(build.dit(maker.config["model"]), *one)
+            return {"gflops": count.macs / 1e9, "parameters": count.parameters, "fid": fids(maker, counts)}
+
+        return stages(name, name, stage)
+
+    def dit(size: str, patch: int) -> dict[str, Any]:
+        width, depth = settings.sizes[size]
+        return {"hidden_size": width, "depth": depth, "num_heads": max(1, width // 32), "patch_size": patch}
+
+    last = settings.sampling_steps[-1:]
+    best = min(settings.patches)
+    grid = {
+        f"{size}/{patch}": network(
+            f"DiT-{size}-{patch}", settings.sampling_steps if patch == best else last, **dit(size, patch)
+        )
+        for size in settings.sizes
+        for patch in settings.patches
+    }
+    unets = {
+        f"U-Net {channels}": network(f"unet-{channels}", last, model="unet", hidden_size=channels, depth=3)
+        for channels in settings.unets
+    }
+    designs: dict[str, Any] = {}
+    for conditioning in CONDITIONINGS:
+        for zero in (True, False):
+            name = conditioning + ("" if zero else ", no zeros")
+            changes = {"conditioning": conditioning, "zero_init": zero, **dit(*settings.designs)}
+            stage = f"design-{conditioning}-{'zero' if zero else 'plain'}"
+            designs[name] = network(stage, last, **changes)
+    caption = CAPTION.format(samples=settings.samples, real=len(reference))
+    caption += f" The classifier is right about {accuracy['accuracy']:.1%} of held-out digits."
+    seconds = sum(times["wall"] for times in stages.times.values())
+    results = {"caption": caption, "grid": grid, "unets": unets, "designs": designs, "seconds": seconds}
+    write_json(out / "scaling.json", results)
+    write_whole(out / "scaling.png", lambda temporary: _plot(results, settings, temporary))
+    return out / "scaling.png"
+
+
+def _open(out: Path, settings: ScalingSettings) -> None:
+    path, wanted = out / "settings.json", json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        if read_json(path) != wanted:
+            raise RunError(f"{out}: holds other settings: remove it, or choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: exists and is not the folder of a scaling run: choose another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+
+
+def _plot(results: dict[str, Any], settings: ScalingSettings, path: Path) -> None:
+    figure = require("matplotlib.figure", "plots", "matplotlib").Figure(
+        figsize=(13, 5.2), dpi=110, layout="constrained"
+    )
+    compute, sampling, designs = figure.subplots(1, 3)
+    last = str(settings.sampling_steps[-1])
+    for size in settings.sizes:
+        rows = {patch: results["grid"][f"{size}/{patch}"] for patch in settings.patches}
+        compute.plot(
+            [r["gflops"] for r in rows.values()], [r["fid"][last] for r in rows.values()], "o-", label=f"DiT-{size}"
+        )
+        for patch, row in rows.items():
+            compute.annotate(f"/{patch}", (row["gflops"], row["fid"][last]), fontsize=7)
+        row = rows[min(settings.patches)]
+        steps = [int(count) for count in row["fid"]]
+        cost = [count * row["gflops"] for count in steps]
+        sampling.plot(cost, list(row["fid"].values()), "o-", label=f"DiT-{size}/{min(settings.patches)}")
+    rows = results["unets"].values()
+    compute.plot([r["gflops"] for r in rows], [r["fid"][last] for r in rows], "s--", color="black", label="U-Net")
+    compute.set(xscale="log", yscale="log", xlabel="Gflops (multiply-adds, one forward)", ylabel="Fréchet distance")
+    compute.set_title("quality against model compute")
+    sampling.set(xscale="log", yscale="log", xlabel="Gflops of sampling one picture", ylabel="Fréchet distance")
+    sampling.set_title(f"against sampling compute: {', '.join(map(str, settings.sampling_steps))} steps", fontsize=10)
+    names = list(results["designs"])
+    designs.barh(names[::-1], [results["designs"][name]["fid"][last] for name in names[::-1]])
+    designs.set(xlabel="Fréchet distance", xscale="log")
+    designs.set_title("block designs, DiT-{}/{}".format(*settings.designs))
+    for axes in (compute, sampling):
+        axes.legend(frameon=False, fontsize=8)
+    import textwrap
+
+    figure.supxlabel("\n".join(textwrap.wrap(results["caption"], 200)), fontsize=7.5)
+    figure.savefig(path, format="png")
