@@ -39,7 +39,7 @@ Tensor neighbors(const Tensor& indices_in, int64_t n, int64_t h, int64_t w, int6
 }
 
 #ifdef CONVDIT_SCHEMAS
-CONVDIT_SCHEMAS(m) { m.def("neighbors(Tensor indices, int n, int h, int w, int radius) -> Tensor"); }
+CONVDIT_SCHEMAS(m) { m.def("neighbors(Tensor indices, SymInt n, SymInt h, SymInt w, int radius) -> Tensor"); }
 #endif
 
 CONVDIT_KERNELS(m) { m.impl("neighbors", TORCH_BOX(&neighbors)); }

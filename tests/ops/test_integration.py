@@ -53,9 +53,6 @@ TABLE = {
 NAMES = list(TABLE)
 DENSE = [name for name in NAMES if "sparse" not in name]
 SLOW = pytest.mark.slow
-# The registered `neighbors`, which builds its table, takes the number of images as an int, not a SymInt.
-FIXED_BATCH = "sparse_depthwise_conv2d"
-ONCE = pytest.mark.xfail(strict=True, reason="the table of neighbours is compiled for one number of images")
 
 
 def mask_of(n):
@@ -120,7 +117,7 @@ def test_the_table_holds_every_operator():
 # ---- compilers and exporters ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=ONCE) if n == FIXED_BATCH else n for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_compiles_whole_and_once_for_all_batches(name):
     torch._dynamo.reset()
     counter, layer = torch._dynamo.testing.CompileCounterWithBackend("aot_eager"), Layer(name)
