@@ -133,8 +133,6 @@ def test_compiles_whole_and_once_for_all_batches(name):
 def export(name, layer):
     args, n = inputs(name), torch.export.Dim("n", min=2, max=64)
     shapes = ({0: 24 * n if "sparse" in name else n}, *({0: n},) * (len(args) - 1))
-    if name == FIXED_BATCH:
-        shapes = (None,) * len(args)
     # len(sites) is an int in Python, and a size of the program only where the compiler reads the code.
     return torch.export.export(layer.eval(), tuple(args), dynamic_shapes=(shapes,), strict="sparse" in name), args
 
@@ -158,7 +156,7 @@ def assert_right_in_a_fresh_process(load, paths):
 
 
 def save_values(path, name, layer):
-    args = inputs(name, 2 if name == FIXED_BATCH else 5)  # another batch than that of the export
+    args = inputs(name, 5)  # another batch than that of the export
     with torch.no_grad():
         expected = tuple_of(layer(*args))
     torch.save((args, expected), f"{path}.values")
