@@ -72,8 +72,7 @@ _TABLE = {
 BARS = {(*key, shape): bar for key, (shapes, bars) in _TABLE.items() for shape, bar in zip(shapes, bars, strict=True)}
 SCALING = Bar(1.7)  # two threads against one, every row above a millisecond
 COVERAGE = Bar(0.95)  # every cell of the grid against eager
-
-
+OVERHEAD = Bar(1)  # what a call may cost over what it costs
 # Peak memory: a step's over eager's; what a block's inference needs beside its result over one image's hidden tensor.
 MEMORY = {"PyTorch": Bar(1, at_most=True), "one hidden image": Bar(2, at_most=True)}
 
@@ -82,6 +81,8 @@ def find_bar(operator: str, what: str, against: str, shape: str, dtype: torch.dt
     """The bar of a row, if it has one. A row's shape may say more than the table's, after a semicolon."""
     if unit == "MB":
         return MEMORY[against]
+    if unit == "us":
+        return OVERHEAD
     if against == "one thread":
         return SCALING
     if against == "eager":

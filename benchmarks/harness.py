@@ -61,7 +61,7 @@ class Comparison:
     malloc: tuple[str, ...] = ("default", "tuned")  # the settings to measure under
     effort: float = 1  # share of the usual time; a row below its bar is then measured again with all of it
     limit: float | None = None  # seconds; where one call of ours takes longer the row is left out
-    unit: str = "ms"  # or MB: ours and the rivals then return their peak memory
+    unit: str = "ms"  # or MB, us: ours and the rivals then return their figure, of peak memory or of a call
 
     @property
     def bar(self) -> Bar | None:
@@ -174,7 +174,7 @@ def _measure(comparison: Comparison, machine: Machine, malloc: str, seconds: flo
         work.rivals, bar = {k: f for k, f in work.rivals.items() if not k.endswith(COMPILED)}, None
     functions = [work.ours, *work.rivals.values()]
     binds, shortest = "", 0.0
-    if comparison.unit == "MB":
+    if comparison.unit != "ms":
         figures = [float(f()) for f in functions]
         ratio = min(figures[1:]) / figures[0]
     else:

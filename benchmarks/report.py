@@ -46,7 +46,7 @@ def _ceiling(row: dict) -> str:
 
 def _figure(row: dict, who: str) -> str:
     value = row[f"{who}_{row['unit']}"]
-    return f"{value:.3f}" if row["unit"] == "ms" else f"{value:.1f} MB"
+    return f"{value:.3f}" if row["unit"] == "ms" else f"{value:.1f} {row['unit']}"
 
 
 def _rate(row: dict) -> str:

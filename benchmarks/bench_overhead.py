@@ -1,0 +1,43 @@
+"""Call overhead, in microseconds: every operator on tensors of a few values, beside what a call may cost.
+
+Process CPU time, so that other work counts little; the median of several runs of calls. With autograd it is the forward
+call that records a graph.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from .bench_grid import CASES
+from .clock import seconds_a_call
+from .harness import Comparison, Work, without_grad
+
+RUNS, CALLS, WARM_UP = 9, 500, 100
+ALLOWED = {"forward": 6.0, "forward with autograd": 25.0}  # microseconds
+SHAPE = (1, 2, 2, 16)
+
+
+def comparisons() -> Iterator[Comparison]:
+    for name in CASES:
+        for what, allowed in ALLOWED.items():
+            shape, build = "x".join(map(str, SHAPE)), partial(overhead, name, what)
+            yield Comparison(name, what, shape, torch.float32, build, f"{allowed:g} us", malloc=("default",), unit="us")
+
+
+def overhead(name: str, what: str) -> Work:
+    ours, _, tensors = CASES[name](lambda *shape: torch.randn(shape), *SHAPE)
+    if what == "forward":
+        call = without_grad(ours, *tensors)
+    else:
+        leaves = [t.requires_grad_() for t in tensors]
+        call = partial(ours, *leaves)
+    return Work(partial(microseconds, call), {"allowed": lambda: ALLOWED[what]})
+
+
+def microseconds(call) -> float:
+    seconds_a_call(call, WARM_UP, wall=False)
+    return 1e6 * statistics.median(seconds_a_call(call, CALLS, wall=False) for _ in range(RUNS))
