@@ -20,7 +20,8 @@ from .harness import Comparison, Work, without_grad
 def comparisons() -> Iterator[Comparison]:
     for size in ("tiny", "atto"):
         name, shape = f"convnextv2_{size}", f"{size}; 8x224x224"
-        yield Comparison("accelerated timm", "forward", shape, torch.float32, partial(inference, name))
+        build, quick = partial(inference, name), size == "atto"
+        yield Comparison("accelerated timm", "forward", shape, torch.float32, build, quick=quick, heavy=True)
         yield Comparison("accelerated timm", "step", shape, torch.float32, partial(training, name))
         yield Comparison("accelerated timm, compiled", "forward", shape, torch.float32, partial(inference, name, True))
     yield Comparison("accelerated diffusers", "forward", "S/2; 8x4x32x32", torch.float32, diffusers_inference)
