@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test test-avx512 simt mutants gpu-bound gpu-check bench lint clean
+.PHONY: help demo test test-avx512 simt mutants gpu-bound gpu-check bench docs lint clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
@@ -17,6 +17,7 @@ help:
 	@echo "make gpu-bound lower bounds of the kernels' times on four GPUs, counted without one; two minutes after the build"
 	@echo "make gpu-check build for this machine's GPU, test and time the kernels on it; DRY=1: the same, tiny, without a GPU"
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
+	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make lint      ruff"
 	@echo "make clean     remove .venv and what was built"
 
@@ -70,6 +71,10 @@ gpu-check: $(if $(DRY),$(VENV)/.test,$(BIN)/python)
 
 bench: $(VENV)/.test
 	$(BIN)/convdit bench --out benchmarks/results
+
+docs: $(BIN)/python
+	@$(BIN)/python -m pip install -q "mkdocs>=1.6" "mkdocstrings[python]>=0.29" pymdown-extensions
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(BIN)/python
 	@$(BIN)/python -m pip install -q ruff
