@@ -39,7 +39,7 @@ images = torch.randn(given.batch_size, 3, given.image_size, given.image_size, de
 with torch.inference_mode():
     expected = model(images)
     before = milliseconds(lambda: model(images))
-    print(convdit.accelerate(model))
+    print(convdit.accelerate(model, devices=(device,)))
     difference = (model(images) - expected).abs().max().item()
     after = milliseconds(lambda: model(images))
 print(f"{before:.1f} ms before, {after:.1f} ms after; largest difference of the outputs {difference:.1e}")

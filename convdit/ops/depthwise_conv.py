@@ -38,6 +38,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
 
     Matches ``F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=K // 2, groups=C)``.
+
+    Source: Liu et al. 2022, "A ConvNet for the 2020s", sections 2.3 and 2.5.
     """
     check_floating("x", x)
     x = autocast(x)
@@ -142,6 +144,8 @@ def depthwise_conv2d_layer_norm(
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
 
     Matches ``F.layer_norm(depthwise_conv2d(x, weight, bias), (C,), ln_weight, ln_bias, eps)``.
+
+    Source: the start of the block of Liu et al. 2022, section 2.6.
     """
     check_floating("x", x)
     x = autocast(x)

@@ -79,6 +79,8 @@ def sparse_grn(
     Raises:
         ValueError: another scope, or a number of rows that is not the number of sites.
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
+
+    Source: Woo et al. 2023, "Global Response Normalization"; "batch" as the official ``MinkowskiGRN``.
     """
     return _packed(features, weight, bias, sites, eps, scope, gelu=False)
 

@@ -30,6 +30,9 @@ def neighbors(indices: Tensor, n: int, h: int, w: int, radius: int) -> Tensor:
     Raises:
         TypeError, RuntimeError: indices of another shape or dtype, or, on a CPU, a site outside the
             maps. On CUDA such a site has no neighbours and is nobody's neighbour.
+
+    Source: the rule book of Graham et al. 2018, "3D Semantic Segmentation with Submanifold Sparse
+        Convolutional Networks".
     """
     check_tensor("indices", indices)
     return library.neighbors(indices, n, h, w, radius)
