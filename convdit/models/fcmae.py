@@ -1,4 +1,4 @@
-"""FCMAE: the fully convolutional masked autoencoder of ConvNeXt V2 (arXiv:2301.00808, section 3.1).
+"""FCMAE: the fully convolutional masked autoencoder of ConvNeXt V2 (arXiv:2301.00808, section 3).
 
 The encoder sees the visible patches only. Their features are packed into rows, and every layer of
 the encoder works on rows: the same weights as the dense network, less to compute, and nothing

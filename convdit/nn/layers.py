@@ -85,7 +85,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global response normalisation (ConvNeXt V2, arXiv:2301.00808, section 3.2).
+    """Global response normalisation (ConvNeXt V2, arXiv:2301.00808, section 4).
 
     Args:
         dim: channels C.

@@ -1,6 +1,6 @@
 """Global response normalisation, alone and after the exact GELU, of dense maps and of visible sites.
 
-Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), section 3.2.
+Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), section 4.
 Each image is read twice in a row, while it is in cache, whatever the batch; the backward recomputes the GELU.
 """
 
@@ -42,7 +42,7 @@ def grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     Raises:
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
 
-    Source: Woo et al. 2023, section 3.2; equal to the ``GRN`` of facebookresearch/ConvNeXt-V2.
+    Source: Woo et al. 2023, section 4; equal to the ``GRN`` of facebookresearch/ConvNeXt-V2.
     """
     return _dense(x, weight, bias, eps, gelu=False)
 

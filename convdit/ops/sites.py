@@ -1,7 +1,7 @@
 """The table of neighbours of active sites, which every sparse operator walks.
 
 Sparse operators compute on visible sites only: Woo et al., "ConvNeXt V2: Co-designing and Scaling
-ConvNets with Masked Autoencoders" (2023), section 3.1. Built once a mask, by `convdit.sparse`.
+ConvNets with Masked Autoencoders" (2023), section 3. Built once a mask, by `convdit.sparse`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Submanifold depthwise convolution over the visible sites of a batch of maps.
 
-Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), section 3.1.
+Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), section 3.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sparse_depthwise_conv2d(features: Tensor, weight: Tensor, bias: Tensor | Non
     Raises:
         TypeError, ValueError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
 
-    Source: Woo et al. 2023, section 3.1; ``MinkowskiDepthwiseConvolution`` as facebookresearch/ConvNeXt-V2 uses it.
+    Source: Woo et al. 2023, section 3; ``MinkowskiDepthwiseConvolution`` as facebookresearch/ConvNeXt-V2 uses it.
     """
     check_floating("features", features)
     if not hasattr(sites, "block_neighbors"):

@@ -1,4 +1,4 @@
-"""Global response normalisation (ConvNeXt V2, arXiv:2301.00808, section 3.2), in plain PyTorch.
+"""Global response normalisation (ConvNeXt V2, arXiv:2301.00808, section 4), in plain PyTorch.
 
 The functional form takes the weight and bias that a module calls gamma and beta:
 

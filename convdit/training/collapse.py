@@ -1,6 +1,6 @@
 """``convdit collapse``: does FCMAE make the channels of a ConvNeXt alike, and does GRN keep them apart?
 
-The figures are those of section 3.2 of the ConvNeXt V2 paper (arXiv:2301.00808), where the effect was reported:
+The figures are those of section 4 of the ConvNeXt V2 paper (arXiv:2301.00808), where the effect was reported:
 of the activations between the two pointwise layers, which is where GRN acts.
 """
 

@@ -1,4 +1,4 @@
-// Global response normalisation (Woo et al. 2023, ConvNeXt V2, section 3.2), alone or after the exact GELU, forward and
+// Global response normalisation (Woo et al. 2023, ConvNeXt V2, section 4), alone or after the exact GELU, forward and
 // backward. With g = x, or x * normal_cdf(x) where `gelu`, over the rows of one image:
 //
 //   G[c] = sqrt(sum over rows of g^2)      N[c] = G[c] / (mean over c of G + eps)      y = g + weight * (g * N) + bias

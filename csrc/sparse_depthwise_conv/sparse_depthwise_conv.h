@@ -1,4 +1,4 @@
-// Submanifold depthwise convolution over the visible sites of a batch of maps (ConvNeXt V2, Woo et al. 2023, section 3.1),
+// Submanifold depthwise convolution over the visible sites of a batch of maps (ConvNeXt V2, Woo et al. 2023, section 3),
 // forward, input gradient and weight gradient. Absent sites count as zero and stay absent.
 //
 //   y[s, c] = bias[c] + sum over taps (i, j), 0 <= i, j < K, of weight[c, i, j] * x[site at s + (i - K/2, j - K/2), c]
