@@ -119,10 +119,11 @@ void forward_rows(const Adaln& p, int64_t row) {
 }
 
 // R rows of one sample: their gradients, and what they add to the sums over T. `Norm`: there is a gradient of out;
-// `Gated`: there is a branch. Prefetches go to the second-level cache: R rows of every tensor overflow the first.
+// `Gated`: there is a branch.
 template <int R, bool Norm, bool Gated, bool Stream, class T, class Y>
 void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
   using A = accum_t<T>;
+  constexpr int kNear = Stream ? 2 : 3;  // prefetch into the second-level cache: what comes from memory is long in coming
   const int64_t width = p.width, first = row * width, parameters = row / p.tokens * width;
   A *gate_sum = sums, *shift_sum = sums + width, *scale_sum = sums + 2 * width;
   const A *gate = advance(static_cast<const A*>(p.gate), parameters), *scale = advance(static_cast<const A*>(p.scale), parameters);
@@ -144,7 +145,7 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
         const Vec<A> g = rounded(load_lanes<kFull>(grad_out + r * width + i, n) * factor);
         mean_g[r] += g;
         mean_gn[r] += g * ((load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r]);
-        if constexpr (Gated) __builtin_prefetch(grad_residual + r * width + i, 0, 2), __builtin_prefetch(y + r * width + i, 0, 2);
+        if constexpr (Gated) __builtin_prefetch(grad_residual + r * width + i, 0, kNear), __builtin_prefetch(y + r * width + i, 0, kNear);
       }
     });
     for (int r = 0; r < R; ++r) {
@@ -165,13 +166,14 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
       Vec<A> grad = {};
       if constexpr (Gated) grad = load_lanes<kFull>(grad_residual + at, n);
       if constexpr (Norm) {
-        const Vec<A> d = load_lanes<kFull>(grad_out + at, n), normalised = (load_lanes<kFull>(residual + at, n) - mean[r]) * rstd[r];
+        const Vec<A> d = rounded(load_lanes<kFull>(grad_out + at, n));  // so that GCC does not load it once a use
+        const Vec<A> normalised = (load_lanes<kFull>(residual + at, n) - mean[r]) * rstd[r];
         shifts += d;
         scales += d * normalised;
         grad += rstd[r] * (rounded(d * factor) - mean_g[r] - normalised * mean_gn[r]);
         write_lanes<Stream, kFull>(grad_x + at, grad, n);
-        __builtin_prefetch(grad_out + R * width + at, 0, 2);
-        __builtin_prefetch(residual + R * width + at, 0, 2);
+        __builtin_prefetch(grad_out + R * width + at, 0, kNear);
+        __builtin_prefetch(residual + R * width + at, 0, kNear);
       }
       if constexpr (Gated) {
         gates += grad * load_lanes<kFull>(y + at, n);
