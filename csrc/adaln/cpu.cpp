@@ -27,13 +27,13 @@ CONVDIT_INLINE Vec<accum_t<T>> as_stored(Vec<accum_t<T>> v) {
   else return v;
 }
 
-// Whether to stream two results (or one and null): they take more than a quarter of the last-level cache, and each row
-// starts at a whole vector.
+// Whether to stream two results (or one and null): with what is read for them, `tensors` for each result in all, they take
+// more than half of the last-level cache, and each row starts at a whole vector.
 template <class T>
-bool too_large(const void* a, const void* b, int64_t rows, int64_t width) {
+bool too_large(const void* a, const void* b, int64_t rows, int64_t width, int64_t tensors) {
   const auto address = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
   const int64_t bytes = (a && b ? 2 : 1) * rows * width * static_cast<int64_t>(sizeof(T));
-  return address % kVectorBytes == 0 && width % lanes<accum_t<T>> == 0 && bytes > cache_bytes() / 4;
+  return address % kVectorBytes == 0 && width % lanes<accum_t<T>> == 0 && tensors * bytes > cache_bytes() / 2;
 }
 
 template <class T>
@@ -119,10 +119,11 @@ void forward_rows(const Adaln& p, int64_t row) {
 }
 
 // R rows of one sample: their gradients, and what they add to the sums over T. `Norm`: there is a gradient of out;
-// `Gated`: there is a branch. Of two results one is streamed: two streams in turns would empty the write buffers half full.
+// `Gated`: there is a branch.
 template <int R, bool Norm, bool Gated, bool Stream, class T, class Y>
 void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
   using A = accum_t<T>;
+  constexpr int kNear = Stream ? 2 : 3;  // prefetch into the second-level cache: what comes from memory is long in coming
   const int64_t width = p.width, first = row * width, parameters = row / p.tokens * width;
   A *gate_sum = sums, *shift_sum = sums + width, *scale_sum = sums + 2 * width;
   const A *gate = advance(static_cast<const A*>(p.gate), parameters), *scale = advance(static_cast<const A*>(p.scale), parameters);
@@ -144,7 +145,7 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
         const Vec<A> g = rounded(load_lanes<kFull>(grad_out + r * width + i, n) * factor);
         mean_g[r] += g;
         mean_gn[r] += g * ((load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r]);
-        if constexpr (Gated) __builtin_prefetch(grad_residual + r * width + i), __builtin_prefetch(y + r * width + i);
+        if constexpr (Gated) __builtin_prefetch(grad_residual + r * width + i, 0, kNear), __builtin_prefetch(y + r * width + i, 0, kNear);
       }
     });
     for (int r = 0; r < R; ++r) {
@@ -165,13 +166,14 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
       Vec<A> grad = {};
       if constexpr (Gated) grad = load_lanes<kFull>(grad_residual + at, n);
       if constexpr (Norm) {
-        const Vec<A> d = load_lanes<kFull>(grad_out + at, n), normalised = (load_lanes<kFull>(residual + at, n) - mean[r]) * rstd[r];
+        const Vec<A> d = rounded(load_lanes<kFull>(grad_out + at, n));  // so that GCC does not load it once a use
+        const Vec<A> normalised = (load_lanes<kFull>(residual + at, n) - mean[r]) * rstd[r];
         shifts += d;
         scales += d * normalised;
         grad += rstd[r] * (rounded(d * factor) - mean_g[r] - normalised * mean_gn[r]);
-        write_lanes<Stream && !Gated, kFull>(grad_x + at, grad, n);
-        __builtin_prefetch(grad_out + R * width + at);
-        __builtin_prefetch(residual + R * width + at);
+        write_lanes<Stream, kFull>(grad_x + at, grad, n);
+        __builtin_prefetch(grad_out + R * width + at, 0, kNear);
+        __builtin_prefetch(residual + R * width + at, 0, kNear);
       }
       if constexpr (Gated) {
         gates += grad * load_lanes<kFull>(y + at, n);
@@ -213,8 +215,8 @@ void backward(const AdalnBackward& p, const Runner& run) {
     const int64_t end = (task / chunks + 1) * p.tokens, first = task / chunks * p.tokens + task % chunks * kAdalnChunk;
     A* sums = workspace + task * 3 * width;
     for (int64_t i = 0; i < 3 * width; ++i) sums[i] = 0;
-    // The fused backward reads four tensors: more rows at once would be more streams than the hardware follows.
-    in_groups<Gated ? 1 : kRows>(first, first + kAdalnChunk < end ? first + kAdalnChunk : end, [&](int64_t row, auto rows) {
+    // Without a norm the rows are read once, and one after the other: memory is quickest in one piece.
+    in_groups<Norm ? kRows : 1>(first, first + kAdalnChunk < end ? first + kAdalnChunk : end, [&](int64_t row, auto rows) {
       backward_rows<decltype(rows)::value, Norm, Gated, Stream, T, Y>(p, row, sums);
     });
     if (Stream) stream_fence();
@@ -252,7 +254,7 @@ void dispatch_forward(const Adaln& p, const Runner& run) {
     using T = decltype(x);
     using Y = decltype(y);
     const bool fits = p.y == nullptr || p.out == nullptr || kRows * p.width <= kScratch;
-    if (fits && too_large<T>(p.y ? p.residual : nullptr, p.out, p.batch * p.tokens, p.width)) forward<true, T, Y>(p, run);
+    if (fits && too_large<T>(p.y ? p.residual : nullptr, p.out, p.batch * p.tokens, p.width, 2)) forward<true, T, Y>(p, run);
     else forward<false, T, Y>(p, run);
   });
 }
@@ -267,7 +269,7 @@ void dispatch_backward(const AdalnBackward& p, const Runner& run) {
   dispatch(p, [&](auto x, auto y) {
     using T = decltype(x);
     using Y = decltype(y);
-    if (too_large<T>(p.grad_x, p.grad_y, p.batch * p.tokens, p.width)) backward_of<true, T, Y>(p, run);
+    if (too_large<T>(p.grad_x, p.grad_y, p.batch * p.tokens, p.width, 3)) backward_of<true, T, Y>(p, run);
     else backward_of<false, T, Y>(p, run);
   });
 }
