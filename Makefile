@@ -19,7 +19,7 @@ help:
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff; mypy on the operators, reference and checkpoints"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:
@@ -81,9 +81,10 @@ fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
 
 lint: $(BIN)/python
-	@$(BIN)/python -m pip install -q ruff
+	@$(BIN)/python -m pip install -q ruff mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convdit/*.so
