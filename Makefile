@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test test-avx512 simt mutants gpu-bound gpu-check bench docs lint clean
+.PHONY: help demo test test-avx512 simt mutants gpu-bound gpu-check bench docs fuzz lint clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
@@ -18,7 +18,8 @@ help:
 	@echo "make gpu-check build for this machine's GPU, test and time the kernels on it; DRY=1: the same, tiny, without a GPU"
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make docs      the documentation as pages, in build/site/"
-	@echo "make lint      ruff"
+	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
+	@echo "make lint      ruff; mypy on the operators, reference and checkpoints"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:
@@ -76,10 +77,14 @@ docs: $(BIN)/python
 	@$(BIN)/python -m pip install -q "mkdocs>=1.6" "mkdocstrings[python]>=0.29" pymdown-extensions
 	$(BIN)/python -m mkdocs build --strict
 
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
+
 lint: $(BIN)/python
-	@$(BIN)/python -m pip install -q ruff
+	@$(BIN)/python -m pip install -q ruff mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convdit/*.so

@@ -5,6 +5,7 @@ Sources and flags are in CMakeLists.txt.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "CC", "g++", "icpx", "clang++")  # of those that CMake tries, the ones with GNU extensions
 GIB_PER_JOB = 2  # what one nvcc or unrolled kernel needs at its peak
 
 
@@ -27,11 +29,25 @@ def jobs() -> int:
     return max(1, min(wanted, int(gib // GIB_PER_JOB)))
 
 
+def check_compiler() -> None:
+    """Ends the build with the cure where there is no C++ compiler; CMake's own message is long and has none."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen and shutil.which(chosen[0]) is None:
+        sys.exit(f"convdit: CXX names {chosen[0]!r}, which was not found. Cure: correct CXX, or unset it")
+    if not chosen and not any(map(shutil.which, COMPILERS)):
+        names = ", ".join(COMPILERS)
+        sys.exit(
+            f"convdit: no C++ compiler was found on the PATH (looked for {names}). Cure: install one that knows C++20,"
+            " e.g. apt-get install g++, or name it in CXX"
+        )
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
             sys.exit("convdit: cmake is missing. Cure: pip install cmake ninja")
+        check_compiler()
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         work = Path(self.build_temp).resolve() / "cmake"
         configure = [

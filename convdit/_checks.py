@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {kind(value)}")
 
 
-def check_floating(name: str, value: object) -> None:
+def check_floating(name: str, value: Any) -> None:
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
@@ -39,11 +40,11 @@ def check_whole(name: str, value: object, least: int, what: str = "a whole numbe
         raise ValueError(f"{name}: expected {what}, at least {least}, got {value}")
 
 
-def check_rate(name: str, value: object, what: str = "a rate in [0, 1)", with_one: bool = False) -> None:
+def check_rate(name: str, value: Any, what: str = "a rate in [0, 1)", with_one: bool = False) -> None:
     """A number from 0 to 1, 1 itself only `with_one`."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected {what}, got {value!r}")
-    if not 0 <= value <= 1 or (value == 1 and not with_one):
+    if not 0 <= float(value) <= 1 or (value == 1 and not with_one):
         raise ValueError(f"{name}: expected {what}, got {value}")
 
 

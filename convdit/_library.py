@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -59,11 +60,27 @@ def _load_cuda(folder: Path, info: dict[str, Any]) -> None:
     elif not path.exists():
         info["cuda_reason"] = f"{path.name} is missing from {folder}"
     else:
+        info["cuda_reason"] += _other_major(info["cuda_reason"], torch.version.cuda)
         try:
             torch.ops.load_library(str(path))
             info["cuda"] = True
         except OSError as error:
-            info["cuda_reason"] = f"{path.name} does not load beside PyTorch {torch.__version__}: {error}"
+            info["cuda_reason"] += f"; {path.name} does not load beside PyTorch {torch.__version__}: {error}"
+
+
+def _other_major(reason: str, torch_cuda: str) -> str:
+    """What to add to the build's reason where PyTorch is built for another major version of CUDA than the library.
+
+    The library has a CUDA runtime of its own inside, so both may work in one process; each needs its driver.
+    """
+    nvcc = re.search(r"nvcc (\d+)", reason)
+    wanted = torch_cuda.split(".")[0]
+    if nvcc is None or nvcc[1] == wanted:
+        return ""
+    return (
+        f"; PyTorch {torch.__version__} is built for CUDA {wanted}, convdit for CUDA {nvcc[1]}: the driver must"
+        f" serve both. Cure: build convdit with nvcc {wanted}, or install a PyTorch for CUDA {nvcc[1]}"
+    )
 
 
 def _check_level(info: dict[str, Any]) -> None:

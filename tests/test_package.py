@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 import convdit
+from convdit import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 # The cmake of this environment, whose folder need not be on the PATH, before the machine's.
@@ -155,3 +158,56 @@ def test_cuda_on_without_nvcc_fails_at_once_with_reason_and_cure(tmp_path):
     said = " ".join(done.stderr.split())
     assert "CONVDIT_CUDA=on, but no working nvcc was found. Cure:" in said
     assert "CONVDIT_CUDA=off" in said
+
+
+def build(tmp_path, **environment):
+    """setup.py's build with a PATH that has cmake and no compiler; it must end before it configures."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").symlink_to(CMAKE)
+    env = {name: value for name, value in os.environ.items() if name != "CXX"}
+    env |= {"PATH": str(tmp_path / "bin"), **environment}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
+    return subprocess.run(
+        [*command, "--build-temp", tmp_path / "temp"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def test_a_build_without_a_compiler_names_the_cure(tmp_path):
+    done = build(tmp_path)
+    assert done.returncode != 0
+    assert "convdit: no C++ compiler was found on the PATH" in done.stderr
+    assert "apt-get install g++" in done.stderr
+    assert not (tmp_path / "temp").exists()
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path):
+    done = build(tmp_path, CXX="ccache-is-not g++")
+    assert done.returncode != 0
+    assert "convdit: CXX names 'ccache-is-not'" in done.stderr
+
+
+@pytest.mark.parametrize("torch_cuda, said", [("12.8", True), ("13.0", False)])
+def test_another_major_version_of_cuda_is_named_with_the_cure(torch_cuda, said, tmp_path, monkeypatch):
+    (tmp_path / "libconvdit_ops_cuda.so").touch()
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    info = {"cuda": True, "cuda_reason": "built with nvcc 13.0.88 for 9.0"}
+    _library._load_cuda(tmp_path, info)
+    assert info["cuda"]
+    message = "is built for CUDA 12, convdit for CUDA 13: the driver must serve both. Cure: build convdit with nvcc 12"
+    assert (message in info["cuda_reason"]) == said
+
+
+def test_the_source_distribution_has_every_file_of_the_repository(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    there = {name for name in listed.stdout.split() if (ROOT / name).exists()}
+    assert {name for name in there - packed if not name.startswith(".")} == set()

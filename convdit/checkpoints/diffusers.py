@@ -75,8 +75,8 @@ def read(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], dict[st
         part, copy = _PART.fullmatch(key), _COPY.fullmatch(key)
         if part:
             parts.setdefault(f"blocks.{part[1]}.attn.qkv.{part[3]}", {})[part[2]] = tensor
-        elif copy and _EMBEDDERS.ours(copy[2]):
-            copies.setdefault(_EMBEDDERS.ours(copy[2]), {})[int(copy[1])] = tensor
+        elif copy and (embedder := _EMBEDDERS.ours(copy[2])):
+            copies.setdefault(embedder, {})[int(copy[1])] = tensor
         else:
             rest[key] = tensor
     facts = _take_table(rest)

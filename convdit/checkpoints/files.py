@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> OrderedDict[st
     Raises FileNotFoundError, IsADirectoryError, or ValueError naming the path and the reason;
     ConnectionError where the hub is needed and cannot be reached.
     """
-    path = hub.download(path) if hub.is_hub_name(path) else Path(path)
+    path = hub.download(str(path)) if hub.is_hub_name(path) else Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected a checkpoint file, this is a directory")
     if not path.exists():

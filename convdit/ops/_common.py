@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -22,7 +24,7 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def check_floating(name: str, value: object) -> None:
+def check_floating(name: str, value: Any) -> None:
     """A tensor of one of the four dtypes that the operators take."""
     check_tensor(name, value)
     if value.dtype not in FLOATS:

@@ -8,6 +8,8 @@ computes the rest of the hidden tensors again. On other devices the block is its
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,7 +96,7 @@ def convnext_block(
     if needs_grad(x, *arguments):
         return _ConvnextBlock.apply(x, *arguments, eps)[0]
     if torch.compiler.is_exporting():  # the operator calls others, which would refuse parameters that want gradients
-        x, *arguments = (None if t is None else t.detach() for t in (x, *arguments))
+        x, arguments = x.detach(), [None if t is None else t.detach() for t in arguments]
     return library.convnext_block_fwd(x, *arguments, eps)
 
 
@@ -116,7 +118,7 @@ _OPTIONAL = ("dwconv_bias", "pwconv1_bias", "pwconv2_bias")
 _MATRICES = ("pwconv1_weight", "pwconv2_weight")  # in the branch's dtype; vectors in the one that kernels sum in
 
 
-def _check(x: Tensor, given: tuple[Tensor | None, ...]) -> None:
+def _check(x: Tensor, given: tuple[Any, ...]) -> None:
     check_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected shape (N, H, W, C), got {tuple(x.shape)}")

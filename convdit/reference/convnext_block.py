@@ -47,6 +47,6 @@ def convnext_block(
         return None if parameter is None else parameter.to(x.dtype)
 
     y = depthwise_conv2d_layer_norm(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, eps)
-    y = F.linear(y, cast(pwconv1_weight), cast(pwconv1_bias))
+    y = F.linear(y, pwconv1_weight.to(x.dtype), cast(pwconv1_bias))
     y = gelu_grn(y, grn_weight, grn_bias, eps)
-    return x + F.linear(y, cast(pwconv2_weight), cast(pwconv2_bias))
+    return x + F.linear(y, pwconv2_weight.to(x.dtype), cast(pwconv2_bias))
