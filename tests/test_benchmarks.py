@@ -1,4 +1,7 @@
-"""The benchmarks: both sides of a row compute the same, its arithmetic is right, and the command reports it."""
+"""The benchmarks: both sides of a row compute the same, its arithmetic is right, and the command reports it.
+
+Over 400 lines: short tests of one harness, which share its stand-ins for the machine and the clock.
+"""
 
 import json
 import os

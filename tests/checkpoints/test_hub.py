@@ -1,15 +1,13 @@
 """Names on the Hugging Face hub, without a network: its cache, its answers, and errors that say so."""
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 from convdit import checkpoints
 from convdit.cli import main
-
-huggingface_hub = pytest.importorskip("huggingface_hub")
-constants = pytest.importorskip("huggingface_hub.constants")
-errors = pytest.importorskip("huggingface_hub.errors")
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def images():
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_atto", "convnext_tiny"])
 @torch.no_grad()
 def test_timm_logits_and_the_way_back(images, name):
-    timm = pytest.importorskip("timm")
+    import timm
+
     theirs = randomise(timm.create_model(name, num_classes=5, depths=DEPTHS, dims=DIMS))
     version = name.split("_")[0]
     ours = models.create(f"{version}_tiny", num_classes=5, depths=DEPTHS, dims=DIMS).eval()
@@ -53,7 +54,8 @@ def test_timm_logits_and_the_way_back(images, name):
     ["convnextv2_atto", "convnextv2_tiny", "convnextv2_huge", "convnext_tiny", "convnext_xlarge", "convnext_xxlarge"],
 )
 def test_the_names_and_shapes_of_timms_full_size_models(name):
-    timm = pytest.importorskip("timm")
+    import timm
+
     with torch.device("meta"):
         theirs = timm.create_model(name).state_dict()
         ours = models.create(name).state_dict()
@@ -66,7 +68,8 @@ def test_the_names_and_shapes_of_timms_full_size_models(name):
 @pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
 def test_transformers_logits_and_the_way_back(images, version):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     kind = "ConvNextV2" if version == 2 else "ConvNext"
     # Their final LayerNorm has eps 1e-12 by default; the official eps makes the two models equal.
     config = getattr(transformers, f"{kind}Config")(
@@ -84,7 +87,8 @@ def test_transformers_logits_and_the_way_back(images, version):
 
 @torch.no_grad()
 def test_transformers_backbone_and_the_way_back(images):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ConvNextV2Config(
         depths=list(DEPTHS), hidden_sizes=list(DIMS), out_features=["stage2", "stage4"]
     )
@@ -144,7 +148,8 @@ def diffusers_dit(diffusers, constants):
 @pytest.mark.parametrize("constants", ["official", "diffusers"])
 @torch.no_grad()
 def test_diffusers_outputs_and_the_way_back(constants):
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     t, y = torch.tensor([0, 17, 999]), torch.tensor([0, 9, 10])
     theirs, ours = randomise(diffusers_dit(diffusers, constants)), dit(constants).eval()
@@ -174,7 +179,8 @@ def test_a_state_without_a_position_table_loads_strictly():
 
 @pytest.mark.filterwarnings("ignore:diffusers' DiT computes")
 def test_the_names_and_shapes_of_the_full_size_dit_of_diffusers():
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     with torch.device("meta"):
         theirs = diffusers.DiTTransformer2DModel(
             num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,

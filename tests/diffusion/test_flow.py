@@ -1,5 +1,6 @@
 """Rectified flow on models whose answer is known, and on a DiT."""
 
+import diffusers
 import pytest
 import torch
 
@@ -84,14 +85,14 @@ def test_samples_have_the_mean_and_spread_of_the_data_and_heun_is_of_second_orde
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
 def test_flow_matching_schedulers_of_diffusers_follow_the_same_flow(name):
-    scheduler = getattr(pytest.importorskip("diffusers"), name)()
+    scheduler = getattr(diffusers, name)()
     noise = torch.randn(1, 1, 20, 20, generator=seeded())
     x = RectifiedFlow(100).sample(of_normal_data(0.4, 0.25), noise.shape, scheduler, noise=noise)
     torch.testing.assert_close(x, 0.4 + 0.25 * noise, rtol=0, atol=0.03)
 
 
 def test_dpm_solver_of_flows_leads_to_the_picture():
-    solver = pytest.importorskip("diffusers").DPMSolverMultistepScheduler
+    solver = diffusers.DPMSolverMultistepScheduler
     scheduler = solver(prediction_type="flow_prediction", use_flow_sigmas=True)
     x = RectifiedFlow(20).sample(to_the_picture, (2, 3, 4, 4), scheduler, generator=seeded())
     torch.testing.assert_close(x, PICTURE.expand(2, 3, 4, 4), rtol=0, atol=0.02)
@@ -147,6 +148,6 @@ def test_wrong_requests_are_named():
         flow.training_losses(lambda x, t: x[:, :1], X, T)
     with pytest.raises(ValueError, match='sampler: expected "euler", "heun" or a diffusers scheduler, got .ddim.'):
         flow.sample(to_the_picture, (2, 3, 4, 4), "ddim")
-    scheduler = pytest.importorskip("diffusers").DDIMScheduler()
+    scheduler = diffusers.DDIMScheduler()
     with pytest.raises(ValueError, match="expected a flow-matching scheduler, got DDIMScheduler"):
         flow.sample(to_the_picture, (2, 3, 4, 4), scheduler)

@@ -77,7 +77,8 @@ def from_timm(state_dict):
 
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto", "convnext_tiny"])
 def test_logits_features_and_gradients_equal_those_of_timm(name):
-    timm = pytest.importorskip("timm", reason="timm is an optional package")
+    import timm
+
     torch.manual_seed(0)
     theirs = timm.create_model(name, num_classes=10)
     for key, p in theirs.named_parameters():

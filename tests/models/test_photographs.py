@@ -13,7 +13,8 @@ from convdit import models
 @pytest.fixture(scope="module")
 def photographs() -> torch.Tensor:
     """(3, 3, 224, 224), standardised."""
-    skimage = pytest.importorskip("skimage", reason="scikit-image ships the photographs")
+    import skimage
+
     folder = Path(skimage.__file__).parent / "data"
     pictures = [Image.open(folder / f"{name}.png").convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
     arrays = [np.asarray(p.resize((224, 224))) for p in pictures]
