@@ -64,7 +64,7 @@ def operators(arguments: list[str]) -> int:
 
 
 def sweep(rooms: list[str]) -> int:
-    rooms, failed = rooms or ROOMS, 0
+    rooms, failed, total = rooms or ROOMS, 0, Counter()
     for room in rooms:
         step = f"mutants of {room}"
         summary.begin(step)
@@ -74,7 +74,10 @@ def sweep(rooms: list[str]) -> int:
         tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", *files, "-k", FEW_TESTS.get(room, QUICK_TESTS)]
         library = build.operators(csrc=csrc, only=room, most_blocks=build.FEW_BLOCKS)
         failed += in_shares(library, *tests, SIMT_ROOM=room, SIMT_STEP=step)
-        print(f"{room}: {summary.of_mutants(summary.steps().get(step, Counter()))}", flush=True)
+        counts = summary.steps().get(step, Counter())
+        print(f"{room}: {summary.of_mutants(counts)}", flush=True)
+        total += counts
+    print(f"{len(rooms)} rooms: {summary.of_mutants(total)}")
     return failed
 
 
