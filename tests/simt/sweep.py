@@ -18,7 +18,7 @@ from .executor import Library
 from .mutants import equivalent, mutated_tree
 
 QUICK = 1.0  # seconds that a test may take
-MOST_LOOPS = 200_000  # backward branches of a thread; more count as an endless loop
+MOST_LOOPS = 50_000  # backward branches of a thread; more count as an endless loop
 
 
 def passes(item: pytest.Item) -> bool:
@@ -53,14 +53,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             library.set_orders(*orders)
             killer = killer or next((item for item in items if not passes(item)), None)
         seconds = time.perf_counter() - begin
-        print(
-            f"{'caught  ' if killer else 'SURVIVES'} {mutant} ({seconds:.1f} s{', ' + killer.name if killer else ''})",
-            flush=True,
-        )
+        false = killer is not None and mutant.key() in known  # no reason can be true
+        result = "NOT EQUIVALENT" if false else "caught  " if killer else "SURVIVES"
+        print(f"{result} {mutant} ({seconds:.1f} s{', ' + killer.name if killer else ''})", flush=True)
         if killer:
             items.remove(killer)
             items.insert(0, killer)  # it may well catch the next one, which is often in the same kernel
-        (caught if killer else explained if mutant.key() in known else unexplained).append(mutant)
+        wrong = false or (not killer and mutant.key() not in known)
+        (unexplained if wrong else caught if killer else explained).append(mutant)
     chosen.value = 0
     summary.add(
         os.environ["SIMT_STEP"], mutants=len(mutants), caught=len(caught), equivalent=len(explained), **unbroken
