@@ -119,7 +119,7 @@ class LoopOptions:
             raise ValueError(f"{name}: {warmup} steps of warm-up do not fit into a run of {steps}")
         if min_lr > lr:
             raise ValueError(f"min_lr: expected at most the peak of {lr:g}, got {min_lr:g}")
-        given = {"epochs": None, "base_lr": None, "warmup_epochs": None}
+        given: dict[str, Any] = {"epochs": None, "base_lr": None, "warmup_epochs": None}
         return replace(self, steps=steps, warmup=warmup, lr=lr, min_lr=min_lr, **given)
 
     def augmentation(self, image_size: int) -> str:

@@ -70,7 +70,7 @@ def scaling(out: str | Path, quick: bool = False, seed: int = 0, settings: Scali
     settings.seed = seed
     out = Path(out)
     _open(out, settings)
-    common = {"data": "digits", "cpu": True, "seed": seed}
+    common: dict[str, Any] = {"data": "digits", "cpu": True, "seed": seed}
     stages = Stages(out)
 
     def judge() -> dict[str, Any]:
