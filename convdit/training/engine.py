@@ -84,8 +84,6 @@ def train(
     """
     options = options.resolved(len(dataset))
     if options.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ValueError(f"grad_checkpointing: {type(model).__name__} has no blocks to compute once more")
         model.set_grad_checkpointing()
     trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()

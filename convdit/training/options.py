@@ -237,6 +237,8 @@ class DiTOptions(LoopOptions, DataOptions):
         super().check(world)
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: expected one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")
+        if self.grad_checkpointing and self.model == "unet":
+            raise ValueError("grad_checkpointing: expected off for unet, diffusers' UNet2DModel, got on")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout: expected 0 <= class_dropout < 1, got {self.class_dropout}")
         if not 1 <= self.sample_steps <= 1000:
