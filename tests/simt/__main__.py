@@ -66,7 +66,7 @@ def operators(arguments: list[str]) -> int:
 def sweep(rooms: list[str]) -> int:
     rooms, failed, total = rooms or ROOMS, 0, Counter()
     for room in rooms:
-        step = f"mutants of {room}"
+        step = f"{'equivalent ' if os.environ.get('SIMT_EQUIVALENT') else ''}mutants of {room}"
         summary.begin(step)
         csrc, _ = mutants.mutated_tree(room)
         files = [f"{folder}/test_{room}.py" for folder in ("tests/ops", "tests/simt/operators")]
