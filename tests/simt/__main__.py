@@ -66,7 +66,7 @@ def operators(arguments: list[str]) -> int:
 def sweep(rooms: list[str]) -> int:
     rooms, failed, total = rooms or ROOMS, 0, Counter()
     for room in rooms:
-        step = f"mutants of {room}"
+        step = f"{'equivalent ' if os.environ.get('SIMT_EQUIVALENT') else ''}mutants of {room}"
         summary.begin(step)
         csrc, _ = mutants.mutated_tree(room)
         files = [f"{folder}/test_{room}.py" for folder in ("tests/ops", "tests/simt/operators")]
@@ -84,9 +84,11 @@ def sweep(rooms: list[str]) -> int:
 def budget(arguments: list[str]) -> int:
     summary.begin("budget")
     rooms = [a for a in arguments if a != "--update"]
-    if not rooms:
-        return start(build.operators(), "tests.simt.budget", *arguments, *ROOMS).wait()
     update = [a for a in arguments if a == "--update"]
+    if not rooms and not update:
+        return in_shares(build.operators(), "tests.simt.budget", *ROOMS)
+    if not rooms:  # one process: it writes the file
+        return start(build.operators(), "tests.simt.budget", *update, *ROOMS).wait()
     return any([start(build.operators(only=r), "tests.simt.budget", *update, r).wait() for r in rooms])
 
 

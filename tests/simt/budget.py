@@ -173,6 +173,8 @@ def worse(now: dict, before: dict) -> list[str]:
 def main(arguments: list[str]) -> int:
     """`--update`: write what is measured. Rooms: these alone; their rows of the budget alone count."""
     update, rooms = "--update" in arguments, [a for a in arguments if a != "--update"]
+    share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
+    rooms = rooms[share::shares]
     now = measure(rooms)
     everything = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     before = {key: row for key, row in everything.items() if key.split(":")[0] in rooms}
@@ -184,7 +186,8 @@ def main(arguments: list[str]) -> int:
         print(f"{len(now)} launches written to {BUDGET.relative_to(build.ROOT)}")
         return 0
     found = worse(now, before)
-    print("\n".join([*found, f"budget: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"]))
+    summed = f"budget of {', '.join(rooms)}: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"
+    print("\n".join([*found, summed]))
     return bool(found)
 
 

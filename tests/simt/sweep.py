@@ -35,14 +35,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     chosen = ctypes.c_int.in_dll(library.c, "memory_simt_mutant")
     _, mutants = mutated_tree(room)
     share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
-    mutants = mutants[share::shares]
+    known, listed = equivalent(room), bool(os.environ.get("SIMT_EQUIVALENT"))
+    mutants = [m for m in mutants if m.key() in known or not listed][share::shares]
     print()
     items, failing = quick_tests(session)
     unbroken = dict(launches=library.launches, findings=len(library.findings()))
-    known = equivalent(room)
     caught, explained, unexplained = [], [], []
     for mutant in mutants:
-        if mutant.key() in known and not os.environ.get("SIMT_EQUIVALENT"):  # all tests pass: that takes longest
+        if mutant.key() in known and not listed:  # all tests pass: that takes longest
             print(f"equivalent {mutant}")
             explained.append(mutant)
             continue
@@ -53,14 +53,13 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             library.set_orders(*orders)
             killer = killer or next((item for item in items if not passes(item)), None)
         seconds = time.perf_counter() - begin
-        false = killer is not None and mutant.key() in known  # no reason can be true
-        result = "NOT EQUIVALENT" if false else "caught  " if killer else "SURVIVES"
+        reason = mutant.key() in known
+        result = ("NOT EQUIVALENT" if reason else "caught  ") if killer else ("equivalent" if reason else "SURVIVES")
         print(f"{result} {mutant} ({seconds:.1f} s{', ' + killer.name if killer else ''})", flush=True)
         if killer:
             items.remove(killer)
             items.insert(0, killer)  # it may well catch the next one, which is often in the same kernel
-        wrong = false or (not killer and mutant.key() not in known)
-        (unexplained if wrong else caught if killer else explained).append(mutant)
+        (unexplained if bool(killer) == reason else caught if killer else explained).append(mutant)
     chosen.value = 0
     summary.add(
         os.environ["SIMT_STEP"], mutants=len(mutants), caught=len(caught), equivalent=len(explained), **unbroken
