@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from convdit.diffusion import GaussianDiffusion
-from tests.models.test_dit import small
+from tests.models.test_dit import small, text, text_model
 
 
 class Toy:
@@ -224,6 +224,26 @@ def test_guided_samples_run_through_the_cache_and_equal_those_without(sampler, m
             sample(False)
     torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
     assert model._cache is None
+
+
+def test_samples_of_a_text_are_guided_and_look_at_no_masked_token():
+    d = GaussianDiffusion(respacing="5")
+    model = text_model(input_size=4, in_channels=3)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    y, mask = text(model, n=2)
+    other = torch.where(mask[..., None], y, torch.randn_like(y))
+    noise = torch.randn(2, 3, 4, 4)
+
+    def sample(y, scale):
+        guided = {"cfg_scale": scale, "channels": "all"}
+        return d.sample(model.forward_with_cfg, noise.shape, "ddim", noise=noise, y=y, y_mask=mask, **guided)
+
+    plain = d.sample(model, noise.shape, "ddim", noise=noise, y=y, y_mask=mask)
+    close = {"rtol": 1e-4, "atol": 1e-4 * plain.abs().max().item()}
+    torch.testing.assert_close(sample(y, 1.0), plain, **close)
+    assert torch.equal(sample(y, 3.0), sample(other, 3.0))
+    assert not torch.allclose(sample(y, 3.0), plain, rtol=1e-2, atol=1e-2)
 
 
 def test_a_cache_is_refused_where_the_model_has_none():
