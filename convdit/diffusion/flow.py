@@ -6,6 +6,7 @@ model learns their velocity, data - noise; a sampler follows it from noise to da
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class RectifiedFlow:
         self,
         model: Callable[..., Tensor],
         shape: tuple[int, ...],
-        sampler: str | object = "euler",
+        sampler: str | Any = "euler",
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -95,7 +96,7 @@ class RectifiedFlow:
         """
         if sampler not in ("euler", "heun") and not hasattr(sampler, "set_timesteps"):
             raise ValueError(f'sampler: expected "euler", "heun" or a diffusers scheduler, got {sampler!r}')
-        follow = partial(self.velocity, model, **model_kwargs)
+        follow: Callable[[Tensor, Tensor], Tensor] = partial(self.velocity, model, **model_kwargs)
         cached = partial(samplers.caching, cache_modulation, model, model_kwargs=model_kwargs)
         x = samplers.starting_noise(model, shape, noise, generator, device)
         if sampler not in ("euler", "heun"):
@@ -118,7 +119,7 @@ class RectifiedFlow:
         return x
 
 
-def _check_scheduler(scheduler) -> int:
+def _check_scheduler(scheduler: Any) -> int:
     """Of a flow-matching scheduler of the diffusers library, the timestep of pure noise; raises for another."""
     name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", None)
     if kind != "flow_prediction" and not name.startswith("FlowMatch"):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,10 @@ class GaussianDiffusion:
                 f"learn_sigma={self.learn_sigma}, got {tuple(out.shape)}"
             )
         out = out.to(x.dtype)
-        return tuple(out.chunk(2, dim=1)) if self.learn_sigma else (out, None)
+        if not self.learn_sigma:
+            return out, None
+        noise, sigma = out.chunk(2, dim=1)
+        return noise, sigma
 
     def training_losses(
         self,
@@ -166,7 +170,7 @@ class GaussianDiffusion:
         self,
         model: Callable[..., Tensor],
         shape: tuple[int, ...],
-        sampler: str | object = "ddpm",
+        sampler: str | Any = "ddpm",
         eta: float = 0.0,
         clip_denoised: bool = False,
         noise: Tensor | None = None,
@@ -200,7 +204,7 @@ class GaussianDiffusion:
         def cached(timesteps: Sequence[float] | Tensor) -> AbstractContextManager:
             return samplers.caching(cache_modulation, model, timesteps, model_kwargs)
 
-        if sampler in ("ddpm", "ddim"):
+        if isinstance(sampler, str):
             with cached(self.timesteps):
                 if sampler == "ddpm":
                     return samplers.ddpm(self, denoise, x, clip_denoised, generator, progress)
@@ -210,7 +214,7 @@ class GaussianDiffusion:
                 "clip_denoised: expected False for a diffusers scheduler, which is told so when it is made, got True"
             )
         samplers.check_scheduler(self, sampler)
-        variance_too = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
+        variance_too = getattr(sampler.config, "variance_type", "") in ("learned", "learned_range")
 
         def predict(x: Tensor, t: Tensor) -> Tensor:  # t are original timesteps, of the scheduler's choice
             out = model(x, t, **model_kwargs)

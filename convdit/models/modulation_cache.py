@@ -1,13 +1,14 @@
 """The modulation of all blocks of a DiT, for all timesteps of a sampler, computed beforehand."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit.models.dit_checks import check_condition
+from convdit.nn.dit_embed import LabelEmbedder
 
 if TYPE_CHECKING:
     from convdit.models.dit import DiT
@@ -47,7 +48,8 @@ class ModulationCache:
         self.timesteps = (timesteps.float() if timesteps.is_floating_point() else timesteps).unique()
         if self.timesteps.numel() == 0:
             raise ValueError("timesteps: expected one timestep or more, got none")
-        self.labels = self.embeddings = None
+        self.labels: Tensor | None = None
+        self.embeddings: Tensor | None = None
         self.null_label, self.guidance = model.null_label if guidance else model.num_classes, guidance
         c = model.t_embedder(self.timesteps)[:, None]
         if y is not None and y.is_floating_point():
@@ -57,7 +59,7 @@ class ModulationCache:
         elif y is not None:
             y = y.to(device)
             self.labels = (torch.cat([y, y.new_tensor([self.null_label])]) if guidance else y).unique()
-            c = c + model.y_embedder.lookup(self.labels)
+            c = c + cast(LabelEmbedder, model.y_embedder).lookup(self.labels)
         linears = [part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer)]
         for linear in linears:
             if type(linear).forward is not nn.Linear.forward:  # its weight alone would not say what it computes
@@ -99,8 +101,9 @@ class ModulationCache:
                 f"y: expected the labels (N,) that the cache was made for, got {None if y is None else y.dtype}"
             )
         else:
-            condition = _position(self.labels, y, "y", "label")
-            null = _position(self.labels, torch.full_like(y, self.null_label), "y", "label") if with_null else None
+            condition = null = _position(self.labels, y, "y", "label")
+            if with_null:
+                null = _position(self.labels, torch.full_like(y, self.null_label), "y", "label")
         if with_null:
             step, condition = torch.cat([step, step]), torch.cat([condition, null])
         return self.table[step, condition].split(self.rows, dim=1)

@@ -10,7 +10,8 @@ from .augment import RESIZED_CROP
 from .optim import LAYER_DECAYS
 
 # These may change when a run resumes: the weights do not depend on them.
-FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "sample_guidance", "sample_steps", "peak_tflops")
+FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
+FREE += ("sample_guidance", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 _PRECISIONS = ("no", "bf16", "fp16")
@@ -35,6 +36,7 @@ class ModelOptions:
     depths: list[int] | None = option(None, "blocks a stage, for another size of the model")
     dims: list[int] | None = option(None, "channels a stage, for another size of the model")
     stem_stride: int | None = option(None, "pixels along a site of the first stage")
+    attention_stages: int | None = option(None, "so many stages, the last ones, of self-attention blocks")
 
 
 @dataclass
@@ -57,6 +59,7 @@ class LoopOptions:
     crop_scale: float = option(0.08, "smallest share of the area of a resized crop")
     accumulate: int = option(1, "parts in which a batch is computed, to save memory")
     mixed_precision: str | None = option(None, "of the forward pass (default: as accelerate launch says)", _PRECISIONS)
+    grad_checkpointing: bool = option(False, "keep only the inputs of blocks for the backward pass, to save memory")
     seed: int = option(0, "seed of weights, order, masks and noise")
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of log.jsonl")

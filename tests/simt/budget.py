@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from . import build
+from . import build, summary
 from .code import ptxas
 
 BUDGET = Path(__file__).parent / "budget.json"
@@ -124,6 +124,7 @@ def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
             row["occupancy"] = occupancy(static[kernel]["registers"], launch["shared"], launch["threads"])
             key = f"{room}: {name}: {short(library.demangled[kernel])}"
             rows[key if key not in rows else f"{key} (again)"] = row
+    summary.add("budget", launches=library.launches)
     return rows
 
 

@@ -1,7 +1,7 @@
 """What ptxas makes of the kernels: no spills and no local memory on any GPU, and the instructions of the fast paths.
 
 The PTX for compute_80 is assembled for each architecture that we build for; nvdisasm (package nvidia-cuda-nvdisasm)
-shows the code for sm_80.
+shows the code for sm_80. And each file compiles for each of them by itself, with no header but ours and CUDA's.
 """
 
 from __future__ import annotations
@@ -97,10 +97,28 @@ def problems(room: str, ptx: Path) -> list[str]:
     return found
 
 
+def compile_alone(source: Path) -> None:
+    """`nvcc -Icsrc -c` for every architecture, without optimisation: only whether it compiles is asked here."""
+    include = build.ROOT / "csrc"
+    codes = [f for a in ARCHITECTURES for f in ("-gencode", f"arch={a.replace('sm', 'compute')},code={a}")]
+    flags = ["-std=c++17", "-Xcicc", "-O0", "-Xptxas", "-O0", *codes]
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        build.run([build.nvcc(), "-c", f"-I{include}", *flags, "-o", str(folder / "alone.o"), str(source)])
+        (folder / "alone.o").unlink()
+
+    contents = build.digest(build.source_text(source, include), *flags, build.machine())
+    build.made(build.BUILD / "alone" / f"{source.parent.name}-{contents}", make)
+
+
 def main(rooms: list[str]) -> int:
     found = []
-    for room in rooms:
-        source = build.ROOT / "csrc" / room / "cuda.cu"
+    sources = {room: build.ROOT / "csrc" / room / "cuda.cu" for room in rooms}
+    alone = [build.pool().submit(compile_alone, source) for source in sources.values()]
+    for task in alone:
+        task.result()  # raises what the compiler says
+    for room, source in sources.items():
         found += problems(room, build.nvcc_output(source, "compute_80", build.ROOT / "csrc") / "kernels.ptx")
     print("\n".join([*found, f"code: {len(rooms)} rooms for {', '.join(ARCHITECTURES)}, {len(found)} problems"]))
     return bool(found)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from . import summary
 from .build import ROOT
 from .executor import Library
 
@@ -89,3 +90,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
     )
     for finding in findings[:20]:
         terminalreporter.write_line(f"  {finding.text}")
+    if step := os.environ.get("SIMT_STEP"):
+        summary.add(step, launches=lib.launches, findings=len(findings))
