@@ -96,7 +96,7 @@ def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -
         "in_channels": shape[0],
         "num_classes": classes,
         "class_dropout_prob": options.class_dropout,
-        "learn_sigma": options.learn_sigma,
+        "learn_sigma": options.learn_sigma and options.objective == "noise",
     }
     if options.model == "unet":
         given = {"channels": options.hidden_size, "levels": options.depth}
