@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from . import build
+from . import build, summary
 from .code import ptxas
 
 BUDGET = Path(__file__).parent / "budget.json"
@@ -127,6 +127,7 @@ def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
             row["occupancy"] = occupancy(static[kernel]["registers"], launch["shared"], launch["threads"])
             key = f"{room}: {name}: {short(library.demangled[kernel])}"
             rows[key if key not in rows else f"{key} (again)"] = row
+    summary.add("budget", launches=library.launches)
     return rows
 
 
@@ -172,6 +173,8 @@ def worse(now: dict, before: dict) -> list[str]:
 def main(arguments: list[str]) -> int:
     """`--update`: write what is measured. Rooms: these alone; their rows of the budget alone count."""
     update, rooms = "--update" in arguments, [a for a in arguments if a != "--update"]
+    share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
+    rooms = rooms[share::shares]
     now = measure(rooms)
     everything = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     before = {key: row for key, row in everything.items() if key.split(":")[0] in rooms}
@@ -183,7 +186,8 @@ def main(arguments: list[str]) -> int:
         print(f"{len(now)} launches written to {BUDGET.relative_to(build.ROOT)}")
         return 0
     found = worse(now, before)
-    print("\n".join([*found, f"budget: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"]))
+    summed = f"budget of {', '.join(rooms)}: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"
+    print("\n".join([*found, summed]))
     return bool(found)
 
 
