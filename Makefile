@@ -52,6 +52,7 @@ test-avx512: $(VENV)/.test
 
 # The operators' tests over their CUDA kernels; the executor's own tests; some of the mutants.
 simt: $(VENV)/.test
+	@$(BIN)/python -m tests.simt summary --begin
 	$(BIN)/python -m tests.simt operators --arch compute_90 --few-blocks -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
 	$(BIN)/python -m tests.simt budget
@@ -59,6 +60,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 	$(BIN)/python -m tests.gpu --dry
+	@$(BIN)/python -m tests.simt summary
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants

@@ -148,6 +148,24 @@ def test_finetune_starts_from_a_checkpoint_of_another_project(pretrained, tmp_pa
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_stages_of_attention_are_an_option_and_kept_from_run_to_run(pretrained, tmp_path, capsys):
+    hybrid, name = tmp_path / "pre", "stages.1.0.attn.qkv.weight"
+    assert main(["pretrain", *SMALL, "--attention-stages", "1", "--out", str(hybrid)]) == 0
+    assert main(["finetune", *SMALL, "--init", str(hybrid), "--labels", "50", "--out", str(tmp_path / "tuned")]) == 0
+    encoder, tuned = load_file(hybrid / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")
+    assert 0 < (tuned[name] - encoder[f"encoder.{name}"]).abs().max() < 0.01
+    assert main(["reconstruct", str(hybrid), "--out", str(tmp_path / "r.png"), "--count", "4"]) == 0
+    arguments = ["--data", "digits", "--labels", "50", "--cpu", "--out", str(tmp_path / "p.json")]
+    assert main(["probe", *arguments, "--init", str(hybrid)]) == 0
+    assert main(["probe", *arguments, *SMALL[2:10], "--attention-stages", "2"]) == 0
+    out = tmp_path / "f"
+    for source, stages in ((pretrained, 1), (hybrid, 2), (hybrid, 0)):
+        line = fails(capsys, "finetune", *SMALL, "--init", source, "--attention-stages", stages, "--out", out)
+        assert "attention_stages: the weights of init are for (" in line and not out.exists()
+    line = fails(capsys, "probe", "--data", "digits", "--init", hybrid, "--depths", 2, 1)
+    assert "depths: the weights of init are for (1, 1), asked for (2, 1)" in line
+
+
 def test_reconstruct_writes_a_picture(pretrained, tmp_path):
     out = tmp_path / "r.png"
     assert main(["reconstruct", str(pretrained), "--out", str(out), "--count", "4"]) == 0

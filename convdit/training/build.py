@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import models
@@ -22,6 +23,7 @@ _SMALL_CONVNEXT = {
 }
 _SMALL_DIT = {"hidden_size": 128, "depth": 4, "num_heads": 4, "patch_size": 4}
 _SMALL_PICTURE = 64
+SIZE = ("depths", "dims", "stem_stride", "attention_stages")  # options that go over those of the named ConvNeXt
 
 
 def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     if name != "small" and name not in models.list():
         raise ValueError(f"model: expected auto, small or one of {', '.join(models.list())}; got {name!r}")
     config: dict[str, Any] = dict(_SMALL_CONVNEXT) if name == "small" else {"name": name}
-    for key in ("depths", "dims", "stem_stride"):
+    for key in SIZE:
         if getattr(options, key) is not None:
             config[key] = getattr(options, key)
     return {**config, "in_chans": image_shape[0]}
@@ -46,6 +48,13 @@ def classifier(
 
 def encoder(config: dict[str, Any]) -> models.ConvNeXt:
     return models.create(**config, features_only=True)
+
+
+def sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What `SIZE` names, of the ConvNeXt that these arguments make."""
+    with torch.device("meta"):
+        model = encoder(config)
+    return {key: getattr(model, key) for key in SIZE}
 
 
 def fcmae_config(options: PretrainOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -87,7 +96,7 @@ def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -
         "in_channels": shape[0],
         "num_classes": classes,
         "class_dropout_prob": options.class_dropout,
-        "learn_sigma": options.learn_sigma,
+        "learn_sigma": options.learn_sigma and options.objective == "noise",
     }
     if options.model == "unet":
         given = {"channels": options.hidden_size, "levels": options.depth}

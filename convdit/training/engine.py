@@ -27,6 +27,9 @@ Evaluation = Callable[[Any], dict[str, float]]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+_LEAST_SCALE = 1e-4  # of the loss in float16: 30 steps skipped one after another, from the scale it starts with
+
+
 class TrainingError(RuntimeError):
     """Training went wrong in a way that going on would not mend."""
 
@@ -36,11 +39,16 @@ def start(options: LoopOptions):
     accelerate = require("accelerate", "training")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options.check(world)
+    # What an earlier run in this process chose would else be kept, its precision in silence.
+    accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(
         cpu=options.cpu,
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.accumulate,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # There accelerate leaves float16 out, and says nothing.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     accelerate.utils.set_seed(options.seed)  # the same initial weights in every process
     return accelerator
 
@@ -72,9 +80,11 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the checkpoint of the last step is written.
-        TrainingError: the loss stopped being finite.
+        TrainingError: the loss stopped being finite, or under float16 the gradients did at any scale of the loss.
     """
     options = options.resolved(len(dataset))
+    if options.grad_checkpointing:
+        cast(Any, model).set_grad_checkpointing()
     trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()
     if done < options.steps:
@@ -186,7 +196,7 @@ class _Trainer:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if accelerator.sync_gradients:
+        if accelerator.sync_gradients and not self.optimizer.step_was_skipped:  # float16 overflowed
             self.schedule.step()
             if self.ema:
                 self.ema.update_parameters(accelerator.unwrap_model(self.model))
@@ -228,6 +238,13 @@ class _Trainer:
                 f"The last checkpoint in {self.run.path} is from before that"
             )
         entry = {"step": step, **values, "lr": max(self.schedule.get_last_lr())}
+        if self.accelerator.scaler is not None:
+            entry["scale"] = self.accelerator.scaler.get_scale()
+            if entry["scale"] < _LEAST_SCALE:
+                raise TrainingError(
+                    f"step {step}: at a loss scaled by {entry['scale']:g}, gradients still leave float16's range; try "
+                    f"--mixed-precision bf16 or a lower --lr. The last checkpoint is in {self.run.path}"
+                )
         entry |= {"seconds": round(self.seconds, 3), "images_per_s": round(rate, 1)}
         if self.speed:
             entry |= self.speed(rate)

@@ -6,7 +6,7 @@ a classifier that ``convdit finetune`` trained. Only the first gives figures tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,10 +161,11 @@ def evaluate(
     count: int = 1000,
     guidance: float = 1.0,
     steps: int = 50,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     seed: int = 0,
     cpu: bool = False,
     progress: bool = True,
+    interval: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Judges ``source``, a run of ``train-dit`` to sample ``count`` pictures from or an .npz of samples.
 
@@ -195,7 +196,7 @@ def evaluate(
     else:
         maker = PictureMaker.load(source, cpu)
         labels = torch.arange(count) % len(maker.classes)  # as many of each class
-        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress))
+        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress, interval))
     reference = read_npz(Path(real)) if Path(real).suffix == ".npz" else real_pictures(real, samples.shape[1])
     if samples.shape[1:3] != reference.shape[1:3]:
         raise ValueError(
