@@ -354,17 +354,14 @@ def _scaling(given: argparse.Namespace) -> None:
 
 
 def _convert(given: argparse.Namespace) -> None:
-    from .checkpoints.names import fold
     from .training.convert import convert_file
 
     target = given.target or given.out
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
     options = (given.source_format, given.encoder_only, given.input_size, given.part)
-    found, count, left = convert_file(given.source, Path(target), given.to, *options)
-    print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
-    if left:
-        print(f"left out: {len(left)} tensors: {', '.join(fold(left))}")
+    found, count, notes = convert_file(given.source, Path(target), given.to, *options)
+    print("\n".join([f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors", *notes]))
 
 
 def _accelerate(given: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import checkpoints
+from ..checkpoints import transformers
+from ..checkpoints.names import fold
 from .runs import read_weights
 
 
@@ -18,10 +20,11 @@ def convert_file(
     input_size: Sequence[int] | None = None,
     part: str | None = None,
 ) -> tuple[str, int, list[str]]:
-    """Writes ``target`` whole or not at all; returns the format found, the number of tensors, and the names left out.
+    """Writes ``target`` whole or not at all; returns the format found, the number of tensors, and lines to tell.
 
     ``input_size`` is the side, or the height and width, of a DiT's latent. ``part`` takes the tensors under this name
-    alone. Left out are the others, in the names of the source, and what ``encoder_only`` drops, in ours.
+    alone. The lines name what is left out: the others, in the names of the source, and what ``encoder_only`` drops, in
+    ours.
     """
     size = None
     if input_size is not None:
@@ -39,4 +42,7 @@ def convert_file(
         whole = checkpoints.convert(state, "convdit", source_format)
         left += [name for name in whole if name.removeprefix("encoder.") not in kept]
     checkpoints.save(out, target)
-    return found, len(out), left
+    notes = [f"note: {transformers.NOTE}"] if transformers.NAME in (found, to) else []
+    if left:
+        notes.append(f"left out: {len(left)} tensors: {', '.join(fold(left))}")
+    return found, len(out), notes
