@@ -19,7 +19,7 @@ help:
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
-	@echo "make lint      ruff; mypy on the operators, reference and checkpoints"
+	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:
@@ -52,6 +52,7 @@ test-avx512: $(VENV)/.test
 
 # The operators' tests over their CUDA kernels; the executor's own tests; some of the mutants.
 simt: $(VENV)/.test
+	@$(BIN)/python -m tests.simt summary --begin
 	$(BIN)/python -m tests.simt operators --arch compute_90 --few-blocks -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
 	$(BIN)/python -m tests.simt budget
@@ -59,6 +60,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 	$(BIN)/python -m tests.gpu --dry
+	@$(BIN)/python -m tests.simt summary
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants

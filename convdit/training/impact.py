@@ -27,7 +27,7 @@ WAYS = {
     "fcmae": "FCMAE, then fine-tuned",
 }
 # Small enough for minutes on a CPU; patches of 8 pixels.
-ENCODER = {"depths": [1, 1, 4], "dims": [32, 64, 128], "stem_stride": 2}
+ENCODER: dict[str, Any] = {"depths": [1, 1, 4], "dims": [32, 64, 128], "stem_stride": 2}
 _BATCH = {"pretrain": 64, "finetune": 50}
 
 
@@ -52,8 +52,9 @@ def impact(options: ImpactOptions, out: str | Path) -> dict[str, Any]:
     if labels < len(splits.train.classes):
         raise ValueError(f"labels: expected at least one a class, {len(splits.train.classes)}, got {labels}")
     out = open_folder(Path(out), asdict(options), "impact")
-    stages, results = Stages(out), {}
-    common = {"data": options.data, "image_size": size, "cpu": options.cpu}
+    stages = Stages(out)
+    results: dict[str, Any] = {}
+    common: dict[str, Any] = {"data": options.data, "image_size": size, "cpu": options.cpu}
     for version, model in VERSIONS.items():
         trained = out / "runs" / f"{version}-pretrain"
 

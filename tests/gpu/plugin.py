@@ -12,7 +12,8 @@ import os
 import pytest
 import torch
 
-from tests.simt.plugin import choose
+from tests.simt import summary
+from tests.simt.plugin import choose, library
 
 DRY = os.environ.get("CONVDIT_GPU_CHECK") == "dry"
 DEVICE = "cpu" if DRY else "cuda"
@@ -59,6 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    if DRY:
+        summary.add(summary.GPU_CHECK, launches=library().launches, findings=len(library().findings()))
     terminalreporter.write_line(
         f"{calls} calls of operators on {'the executor' if DRY else torch.cuda.get_device_name()}"
     )
