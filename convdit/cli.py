@@ -128,8 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
     convert.add_argument("--input-size", type=int, nargs="+", help="of a DiT's latent, for its position table")
     convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place, and name them")
-    text = "take only the tensors under this name (visual.trunk, of an open_clip model), and name the others"
-    convert.add_argument("--part", metavar="NAME", help=text)
+    convert.add_argument("--part", metavar="NAME", help="only what is under it, as visual.trunk in an open_clip model")
 
     fast = add(
         "accelerate", _accelerate, "which layers of other people's models convdit.accelerate computes, and which not"
@@ -367,8 +366,7 @@ def _convert(given: argparse.Namespace) -> None:
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
     options = (given.source_format, given.encoder_only, given.input_size, given.part)
-    found, count, notes = convert_file(given.source, Path(target), given.to, *options)
-    print("\n".join([f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors", *notes]))
+    print("\n".join(convert_file(given.source, Path(target), given.to, *options)))
 
 
 def _accelerate(given: argparse.Namespace) -> None:

@@ -19,11 +19,11 @@ def convert_file(
     encoder_only: bool = False,
     input_size: Sequence[int] | None = None,
     part: str | None = None,
-) -> tuple[str, int, list[str]]:
-    """Writes ``target`` whole or not at all; returns the format found, the number of tensors, and lines to tell.
+) -> list[str]:
+    """Writes ``target`` whole or not at all; returns what there is to tell, in lines.
 
     ``input_size`` is the side, or the height and width, of a DiT's latent. ``part`` takes the tensors under this name
-    alone. The lines name what is left out: the others, in the names of the source, and what ``encoder_only`` drops, in
+    alone. What is left out is named: the others, in the names of the source, and what ``encoder_only`` drops, in
     ours.
     """
     size = None
@@ -42,7 +42,9 @@ def convert_file(
         whole = checkpoints.convert(state, "convdit", source_format)
         left += [name for name in whole if name.removeprefix("encoder.") not in kept]
     checkpoints.save(out, target)
-    notes = [f"note: {transformers.NOTE}"] if transformers.NAME in (found, to) else []
+    lines = [f"{source} ({found}) -> {target} ({to}): {len(out)} tensors"]
+    if transformers.NAME in (found, to):
+        lines.append(f"note: {transformers.NOTE}")
     if left:
-        notes.append(f"left out: {len(left)} tensors: {', '.join(fold(left))}")
-    return found, len(out), notes
+        lines.append(f"left out: {len(left)} tensors: {', '.join(fold(left))}")
+    return lines

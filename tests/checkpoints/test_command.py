@@ -84,7 +84,11 @@ def test_the_image_tower_of_open_clip_is_taken_when_asked_for_and_the_rest_is_na
     state = model.state_dict()
     assert main_on(state, tmp_path) == 1
     message = capsys.readouterr().err
-    assert "whole open_clip model" in message and "--part" in message and not (tmp_path / "out").exists()
+    assert (
+        "A whole open_clip model" in message
+        and "convdit convert --part visual.trunk" in message
+        and not (tmp_path / "out").exists()
+    )
     assert main_on(state, tmp_path, "--part", "visual.trunk") == 0
     line = capsys.readouterr().out.splitlines()[-1]
     left = [name for name in state if not name.startswith("visual.trunk.")]
