@@ -336,21 +336,9 @@ def _walk(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     from .training.quality import evaluate
 
-    figures = evaluate(
-        given.samples,
-        given.real,
-        given.npz,
-        given.weights,
-        given.judge,
-        given.count,
-        given.guidance,
-        given.steps,
-        given.sampler,
-        given.seed,
-        given.cpu,
-        interval=given.guidance_interval,
-    )
-    _report(figures, given.out)
+    names = ("weights", "judge", "count", "guidance", "steps", "sampler", "seed", "cpu")
+    settings = {name: getattr(given, name) for name in names} | {"interval": given.guidance_interval}
+    _report(evaluate(given.samples, given.real, given.npz, **settings), given.out)
 
 
 def _scaling(given: argparse.Namespace) -> None:
