@@ -99,7 +99,7 @@ class RectifiedFlow:
         follow: Callable[[Tensor, Tensor], Tensor] = partial(self.velocity, model, **model_kwargs)
         cached = partial(samplers.caching, cache_modulation, model, model_kwargs=model_kwargs)
         x = samplers.starting_noise(model, shape, noise, generator, device)
-        if sampler not in ("euler", "heun"):
+        if not isinstance(sampler, str):
             whole = _check_scheduler(sampler)
 
             def predict(x: Tensor, t: Tensor) -> Tensor:  # their time runs from data to noise

@@ -84,7 +84,7 @@ def train(
     """
     options = options.resolved(len(dataset))
     if options.grad_checkpointing:
-        model.set_grad_checkpointing()
+        cast(Any, model).set_grad_checkpointing()
     trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()
     if done < options.steps:

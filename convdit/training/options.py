@@ -10,7 +10,7 @@ from .augment import RESIZED_CROP
 from .optim import LAYER_DECAYS
 
 # These may change when a run resumes: the weights do not depend on them.
-FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
+FREE: tuple[str, ...] = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
 FREE += ("sample_guidance", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
