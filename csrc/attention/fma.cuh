@@ -20,7 +20,7 @@ struct FmaPlan {
   static_assert(kBytes <= 99 * 1024);
 };
 template <int kWidth>
-using FmaForward = FmaPlan<kWidth, kWidth <= 80 ? 24 : 16, kWidth <= 96 ? 64 : 32, 1>;
+using FmaForward = FmaPlan<kWidth, 16, kWidth <= 96 ? 64 : 32, 1>;
 template <int kWidth>
 using FmaBackward = FmaPlan<kWidth, kWidth <= 96 ? 16 : 8, kWidth <= 64 ? 64 : 32, 2>;
 
