@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if options:
             _add_options(command, options)
-        if trains:
+        if options and trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
             command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
             _add_recipe(command, options)
@@ -90,10 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=8, help="pictures a class (%(default)s)")
     text = "scale; 1: none; several: side by side in one picture, as 1.5 2 4 6 (2)"
     sample.add_argument("--guidance", type=float, nargs="+", default=[2.0], help=text)
-    sample.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    sample.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    _add_sampling(sample)
 
     walk = add("walk", _walk, "a walk between two noises, or between two classes, as strips or a GIF")
     walk.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
@@ -103,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--frames", type=int, default=9, help="pictures of a walk (%(default)s)")
     walk.add_argument("--rows", type=int, default=4, help="walks (%(default)s)")
     walk.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
-    walk.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    walk.add_argument("--seed", type=int, default=0)
-    walk.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    _add_sampling(walk)
     judged = add("evaluate", _evaluate, "FID, sFID, inception score, precision and recall of samples")
     judged.add_argument("samples", help="run folder of train-dit to sample from, or an .npz with arr_0")
     judged.add_argument("--real", default="mnist5k", help="a data set, or an .npz with arr_0 (%(default)s)")
@@ -115,10 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     judged.add_argument("--npz", help="write the samples as the evaluator of ADM reads them")
     judged.add_argument("--count", type=int, default=1000, help="samples (%(default)s)")
     judged.add_argument("--guidance", type=float, default=1.0, help="1: none (%(default)s)")
-    judged.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    judged.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    judged.add_argument("--seed", type=int, default=0)
-    judged.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    _add_sampling(judged)
     judged.add_argument("--out", help="write the figures to this JSON file too")
     scaling = add("scaling", _scaling, "quality against compute on small real pictures, for DiT and a U-Net")
     scaling.add_argument("--out", default="scaling", help="folder of the plots and runs (%(default)s)")
@@ -189,6 +181,18 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
             parser.add_argument(flag, choices=f.metadata["choices"], **common)
         else:
             parser.add_argument(flag, type=inner[0], metavar=inner[0].__name__.upper(), **common)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    text = (
+        "of weights that predict noise: ddim (default), ddpm; of a flow: euler (default), heun, two model calls a step"
+    )
+    parser.add_argument("--sampler", choices=("ddim", "ddpm", "euler", "heun"), help=text)
+    text = "guide from this timestep (0 to 999; of a flow: time, 0 to 1) to that one, both included (default: at all)"
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
 
 def _add_recipe(parser: argparse.ArgumentParser, options: type) -> None:
@@ -314,6 +318,7 @@ def _sample(given: argparse.Namespace) -> None:
         guidance=given.guidance,
         steps=given.steps,
         sampler=given.sampler,
+        interval=given.guidance_interval,
         seed=given.seed,
         cpu=given.cpu,
     )
@@ -323,8 +328,9 @@ def _sample(given: argparse.Namespace) -> None:
 def _walk(given: argparse.Namespace) -> None:
     from .training.walk import walk_to_file
 
-    names = ("kind", "classes", "frames", "rows", "guidance", "steps", "seed", "cpu")
-    walk_to_file(given.weights, Path(given.out), **{name: getattr(given, name) for name in names})
+    names = ("kind", "classes", "frames", "rows", "guidance", "steps", "sampler", "seed", "cpu")
+    settings = {name: getattr(given, name) for name in names} | {"interval": given.guidance_interval}
+    walk_to_file(given.weights, Path(given.out), **settings)
     print(f"{given.kind} walk: {given.out}")
 
 
@@ -343,6 +349,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         given.sampler,
         given.seed,
         given.cpu,
+        interval=given.guidance_interval,
     )
     _report(figures, given.out)
 
