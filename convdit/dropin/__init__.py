@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         name: in the model, as `named_modules` gives it.
         layer: its class.
-        note: what computes it now, or why it was left.
+        note: what computes it now and on which inputs (on others its own forward does), or why it was left.
     """
 
     name: str
@@ -107,7 +107,7 @@ def _visit(module: nn.Module, name: str, report: Report, devices: tuple[str, ...
             why = judged[key]
         if why is None:
             module.__class__ = subclass(original, rule.name, devices)
-            report.swapped.append(Entry(name, layer, rule.becomes))
+            report.swapped.append(Entry(name, layer, f"{rule.becomes}, {rule.when}"))
             return
         report.kept.append(Entry(name, layer, why))
     elif next(module.parameters(recurse=False), None) is not None:

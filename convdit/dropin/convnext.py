@@ -190,6 +190,7 @@ RULES = (
     Rule(
         "convnext_block",
         "convdit.ops.convnext_block (V2), or depthwise_conv2d_layer_norm and linear layers (V1)",
+        "on all maps in float32, in bfloat16 (V1: with gradients) and in float16 (V2)",
         lambda module: _known(module) is not None,
         _refuses,
         _gains,

@@ -184,13 +184,15 @@ def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 _FUSED = "convdit.ops.layer_norm_modulate, gated_residual_layer_norm_modulate and gated_residual"
+_WHEN = "on tokens (B, T, D) in the dtype of the weights"
 RULES = (
-    Rule("dit_block", _FUSED, _is_official, _refuses_official,
+    Rule("dit_block", _FUSED, _WHEN, _is_official, _refuses_official,
          lambda block, x: _tokens(x, block.adaLN_modulation[-1]), _official, _official_example),
-    Rule("dit_final", "convdit.ops.layer_norm_modulate", _is_final, _refuses_final,
+    Rule("dit_final", "convdit.ops.layer_norm_modulate", _WHEN, _is_final, _refuses_final,
          lambda layer, x: _tokens(x, layer.linear), _final, _final_example),
-    Rule("diffusers_block", _FUSED, _is_diffusers, _refuses_diffusers,
+    Rule("diffusers_block", _FUSED, _WHEN, _is_diffusers, _refuses_diffusers,
          lambda block, x: _tokens(x, block.norm1.linear), _diffusers, _diffusers_example),
-    Rule("diffusers_adaln", "convdit.ops.layer_norm_modulate", lambda m: defined_by(m) == _ADALN, _refuses_adaln,
+    Rule("diffusers_adaln", "convdit.ops.layer_norm_modulate", _WHEN,
+         lambda m: defined_by(m) == _ADALN, _refuses_adaln,
          lambda layer, x: _tokens(x, layer.linear), _adaln, _adaln_example),
 )  # fmt: skip

@@ -42,12 +42,16 @@ def _conv_gains(conv: Foreign, x: Tensor) -> bool:
     1.1 to 1.9 for 7x7, 0.97 to 1.6 for 9x9 (below 1.1 with 32 channels only), 1.4 to 1.6 for 11x11; with gradients 0.74
     to 1.1 for 3x3, 2.7 to 6 for all others. In bfloat16 the forward gains nothing, and with gradients as much or more.
     """
-    k = conv.kernel_size[0]
+    k = conv.kernel_size[0]  # 5 or more: see _refuses_conv
     if not channels_last(x) or x.dtype != conv.weight.dtype or x.dtype == torch.float16:
         return False
     if wants_gradient(x, conv.weight):
-        return k >= 5
+        return True
     return x.dtype == torch.float32 and k >= 7 and (k != 9 or conv.in_channels >= 64)
+
+
+def _refuses_conv(conv: Foreign) -> str | None:
+    return depthwise(conv) or ("a 3x3 kernel gains on few maps only" if conv.kernel_size == (3, 3) else None)
 
 
 def _conv(conv: Foreign, x: Tensor) -> Tensor:
@@ -97,10 +101,13 @@ def _norm(norm: Foreign, x: Tensor) -> Tensor:
 
 
 RULES = (
-    Rule("depthwise_conv2d", "convdit.ops.depthwise_conv2d", _is_depthwise, depthwise, _conv_gains, _conv,
-         lambda conv: _map(conv.in_channels)),
-    Rule("grn", "convdit.ops.grn", lambda m: defined_by(m) == ("timm.layers.grn", "GlobalResponseNorm"),
+    Rule("depthwise_conv2d", "convdit.ops.depthwise_conv2d",
+         "on channels-last maps: with gradients, and in float32 without from 7x7 on (9x9: from 64 channels on)",
+         _is_depthwise, _refuses_conv, _conv_gains, _conv, lambda conv: _map(conv.in_channels)),
+    Rule("grn", "convdit.ops.grn", "on channels-last maps of 4096 values or more",
+         lambda m: defined_by(m) == ("timm.layers.grn", "GlobalResponseNorm"),
          lambda grn: None, _grn_gains, _grn, _grn_example),
-    Rule("channels_first_norm", "torch.nn.functional.layer_norm of the permuted map", _is_channels_first_norm,
+    Rule("channels_first_norm", "torch.nn.functional.layer_norm of the permuted map", "on all maps",
+         _is_channels_first_norm,
          lambda norm: None, lambda norm, x: x.dim() == 4, _norm, lambda norm: _map(norm.weight.numel())),
 )  # fmt: skip

@@ -28,6 +28,7 @@ class Rule:
     Attributes:
         name: of the rule, in pickles.
         becomes: what computes the layer, for the report.
+        when: on which inputs, as `gains` decides at each call, for the report.
         knows: whether a module is of this kind.
         refuses: why a module of this kind is left alone, or None. Asked again at each call, so that a hook or another
             layer put inside later is not passed over.
@@ -38,6 +39,7 @@ class Rule:
 
     name: str
     becomes: str
+    when: str
     knows: Callable[[Foreign], bool]
     refuses: Callable[[Foreign], str | None]
     gains: Callable[[Foreign, Tensor], bool]

@@ -3,7 +3,7 @@
 Parameter names, initialisation and output are those of facebookresearch/DiT. What is wider here:
 latents of any height, width and channel count, any number of classes or none, text in their place,
 all four designs of the paper, guidance over all channels or at some timesteps only, the constants of
-diffusers, and a cache of the modulation for samplers.
+diffusers, and a cache of the modulation for samplers. Over 400 lines by the twelve sizes at the end.
 """
 
 import math
@@ -335,7 +335,7 @@ class DiT(nn.Module):
         a wait for the GPU at every call. For sampling: no gradient reaches the embedders, no label
         is dropped. Equal to the uncached result to rounding. Gives a ModulationCache; its `.nbytes`
         is the memory it takes: timesteps * distinct labels (or embeddings) * (6 * depth + 2) *
-        hidden_size numbers.
+        hidden_size numbers. On entry the weights of all adaLN, a third of the model, are held twice.
         """
         before, self._cache = self._cache, ModulationCache(self, timesteps, y, guidance)
         try:

@@ -209,7 +209,10 @@ def test_exported_programs_run_in_a_fresh_process(tmp_path):
     assert_right_in_a_fresh_process("torch.export.load(path).module()", paths)
 
 
-@pytest.mark.parametrize("name", [n if n == "convnext_block" else pytest.param(n, marks=SLOW) for n in NAMES])
+REPRESENTATIVE = ("convnext_block", "sparse_grn")
+
+
+@pytest.mark.parametrize("name", [n if n in REPRESENTATIVE else pytest.param(n, marks=SLOW) for n in NAMES])
 def test_aotinductor_packages_run_in_a_fresh_process(name, tmp_path):
     layer, path = Layer(name), tmp_path / f"{name}.pt2"
     with torch.no_grad():

@@ -159,6 +159,12 @@ def test_the_u_net_follows_a_flow_with_a_guidance_interval(tmp_path):
     torch.testing.assert_close(outside, plain, rtol=0, atol=1e-5)
 
 
+def test_another_objective_cannot_go_on_with_a_run_and_is_named(run, capsys):
+    other = "noise" if run.name == "flow" else "flow"
+    line = fails(capsys, "train-dit", *TINY, "--resume", "--objective", other, "--out", run)
+    assert f"another objective: the run has '{run.name}', asked for '{other}'" in line
+
+
 def test_a_flow_has_no_schedule(tmp_path, capsys):
     arguments = ["--objective", "flow", "--schedule", "cosine", "--out", tmp_path / "run"]
     assert "schedule: expected none with objective flow" in fails(capsys, "train-dit", *TINY, *arguments)
