@@ -241,7 +241,7 @@ def _plot(results: dict[str, Any], settings: ScalingSettings, path: Path) -> Non
     sampling.set_title(f"against sampling compute: {', '.join(map(str, settings.sampling_steps))} steps", fontsize=10)
     names = list(results["designs"])
     designs.barh(names[::-1], [results["designs"][name]["fid"][last] for name in names[::-1]])
-    designs.set(xlabel="Fréchet distance", xscale="log")
+    designs.set(xlabel="Fréchet distance")  # from 0: a bar's length is its figure
     designs.set_title("block designs, DiT-{}/{}".format(*settings.designs))
     for axes in (compute, sampling):
         axes.legend(frameon=False, fontsize=7)
