@@ -19,7 +19,7 @@ help:
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
-	@echo "make lint      ruff; mypy on the operators, reference and checkpoints"
+	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if options:
             _add_options(command, options)
-        if trains:
+        if options and trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
             command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
             _add_recipe(command, options)
@@ -128,8 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
     convert.add_argument("--input-size", type=int, nargs="+", help="of a DiT's latent, for its position table")
     convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place, and name them")
-    text = "take only the tensors under this name (visual.trunk, of an open_clip model), and name the others"
-    convert.add_argument("--part", metavar="NAME", help=text)
+    convert.add_argument("--part", metavar="NAME", help="only what is under it, as visual.trunk in an open_clip model")
 
     fast = add(
         "accelerate", _accelerate, "which layers of other people's models convdit.accelerate computes, and which not"
@@ -349,17 +348,13 @@ def _scaling(given: argparse.Namespace) -> None:
 
 
 def _convert(given: argparse.Namespace) -> None:
-    from .checkpoints.names import fold
     from .training.convert import convert_file
 
     target = given.target or given.out
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
     options = (given.source_format, given.encoder_only, given.input_size, given.part)
-    found, count, left = convert_file(given.source, Path(target), given.to, *options)
-    print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
-    if left:
-        print(f"left out: {len(left)} tensors: {', '.join(fold(left))}")
+    print("\n".join(convert_file(given.source, Path(target), given.to, *options)))
 
 
 def _accelerate(given: argparse.Namespace) -> None:

@@ -68,7 +68,8 @@ def test_module_runs_as_a_program():
 def test_probe_and_finetune_start_from_a_pretraining_run(pretrained, tmp_path, capsys):
     arguments = ["--data", "digits", "--init", str(pretrained), "--labels", "50", "--cpu"]
     assert main(["probe", *arguments, "--out", str(tmp_path / "probe.json")]) == 0
-    assert 0 < json.loads((tmp_path / "probe.json").read_text())["accuracy"] < 1
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert 0 < found["accuracy"] < 1 and 0.15 < found["knn_accuracy"] < 1 and found["labels"] == 50
     assert main(["finetune", *arguments, "--steps", "2", "--out", str(tmp_path / "tuned")]) == 0
     assert "held-out accuracy" in capsys.readouterr().out
     encoder, tuned = load_file(pretrained / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")

@@ -71,7 +71,9 @@ def _detect(state: Mapping[str, Tensor]) -> str:
             return facts_of(state).get("kind", name) if name == dit_official.NAME else name
     hint = ""
     if any(key.startswith(f"{_OPEN_CLIP}.") for key in state):
-        hint = f". This is a whole open_clip model: take its image tower by part(state_dict, {_OPEN_CLIP!r}) or --part"
+        hint = (
+            f". A whole open_clip model: take part(state_dict, {_OPEN_CLIP!r}), or convdit convert --part {_OPEN_CLIP}"
+        )
     raise ValueError(f"state_dict: none of the formats {', '.join(formats())} has these names: {describe(state)}{hint}")
 
 

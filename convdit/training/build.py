@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .. import models
 from ..nn import GlobalResponseNorm
 from .options import DiTOptions, ModelOptions, PretrainOptions
+
+if TYPE_CHECKING:
+    from .unet import UNet
 
 # Three stages from full resolution: patches of 4 pixels, which pictures of 16 to 64 pixels need.
 _SMALL_CONVNEXT = {
@@ -37,11 +40,13 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     return {**config, "in_chans": image_shape[0]}
 
 
-def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0) -> nn.Module:
+def classifier(
+    config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0
+) -> models.ConvNeXt:
     return models.create(**config, num_classes=classes, drop_path_rate=drop_path, head_init_scale=head_scale)
 
 
-def encoder(config: dict[str, Any]) -> nn.Module:
+def encoder(config: dict[str, Any]) -> models.ConvNeXt:
     return models.create(**config, features_only=True)
 
 
@@ -68,7 +73,7 @@ def fcmae_config(options: PretrainOptions, image_shape: tuple[int, int, int]) ->
     }
 
 
-def fcmae(config: dict[str, Any]) -> nn.Module:
+def fcmae(config: dict[str, Any]) -> models.FCMAE:
     return models.FCMAE(**{**config, "encoder": encoder(config["encoder"])})
 
 
@@ -112,7 +117,7 @@ def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -
     return config | ({} if options.zero_init else {"zero_init": False})
 
 
-def dit(config: dict[str, Any]) -> nn.Module:
+def dit(config: dict[str, Any]) -> models.DiT | UNet:
     config = dict(config)
     name, zero_init = config.pop("name", "DiT"), config.pop("zero_init", True)
     if name == "unet":

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import checkpoints
+from ..checkpoints import transformers
+from ..checkpoints.names import fold
 from .runs import read_weights
 
 
@@ -17,11 +19,12 @@ def convert_file(
     encoder_only: bool = False,
     input_size: Sequence[int] | None = None,
     part: str | None = None,
-) -> tuple[str, int, list[str]]:
-    """Writes ``target`` whole or not at all; returns the format found, the number of tensors, and the names left out.
+) -> list[str]:
+    """Writes ``target`` whole or not at all; returns what there is to tell, in lines.
 
     ``input_size`` is the side, or the height and width, of a DiT's latent. ``part`` takes the tensors under this name
-    alone. Left out are the others, in the names of the source, and what ``encoder_only`` drops, in ours.
+    alone. What is left out is named: the others, in the names of the source, and what ``encoder_only`` drops, in
+    ours.
     """
     size = None
     if input_size is not None:
@@ -39,4 +42,9 @@ def convert_file(
         whole = checkpoints.convert(state, "convdit", source_format)
         left += [name for name in whole if name.removeprefix("encoder.") not in kept]
     checkpoints.save(out, target)
-    return found, len(out), left
+    lines = [f"{source} ({found}) -> {target} ({to}): {len(out)} tensors"]
+    if transformers.NAME in (found, to):
+        lines.append(f"note: {transformers.NOTE}")
+    if left:
+        lines.append(f"left out: {len(left)} tensors: {', '.join(fold(left))}")
+    return lines

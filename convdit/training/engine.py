@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from .options import LoopOptions
 from .order import BatchOrder, batches
 from .runs import Run, read_json, write_json
 
-Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
-Evaluation = Callable[[nn.Module], dict[str, float]]
+# The model of the run, perhaps in a wrapper of accelerate's:
+Objective = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
+Evaluation = Callable[[Any], dict[str, float]]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 _LEAST_SCALE = 1e-4  # of the loss in float16: 30 steps skipped one after another, from the scale it starts with
@@ -52,16 +55,16 @@ def start(options: LoopOptions):
 
 def train(
     accelerator,
-    model: nn.Module,
+    model: Model,
     objective: Objective,
     dataset: ImageDataset,
     options: LoopOptions,
     run: Run,
     evaluate: Evaluation | None = None,
     rate: Callable[[str], float] | None = None,
-    show: Callable[[int, nn.Module], None] | None = None,
+    show: Callable[[int, Any], None] | None = None,
     speed: Callable[[float], dict[str, float]] | None = None,
-) -> nn.Module:
+) -> Model:
     """Trains ``model`` to the end of ``options.steps``, from the run's last checkpoint if there is one.
 
     ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise; a pair (2,) is a
@@ -81,15 +84,13 @@ def train(
     """
     options = options.resolved(len(dataset))
     if options.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ValueError(f"grad_checkpointing: {type(model).__name__} has no blocks to compute once more")
-        model.set_grad_checkpointing()
+        cast(Any, model).set_grad_checkpointing()
     trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()
     if done < options.steps:
         model.train()
         trainer.loop(dataset, done)
-    return trainer.result()
+    return cast(Model, trainer.result())  # the same object, or its average
 
 
 class _Trainer:
@@ -154,7 +155,8 @@ class _Trainer:
         with StopSignals() as signals, bar:
             for step in range(done + 1, options.steps + 1):
                 for _ in range(share):
-                    self._micro_step(*next(stream), totals)
+                    images, labels = next(stream)
+                    self._micro_step(images, labels, totals)
                 bar.update(options.batch_size)
                 saving = step % options.save_every == 0 or step == options.steps
                 every = options.evaluate_every

@@ -10,7 +10,7 @@ from .augment import RESIZED_CROP
 from .optim import LAYER_DECAYS
 
 # These may change when a run resumes: the weights do not depend on them.
-FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
+FREE: tuple[str, ...] = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
 FREE += ("sample_guidance", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
@@ -119,7 +119,7 @@ class LoopOptions:
             raise ValueError(f"{name}: {warmup} steps of warm-up do not fit into a run of {steps}")
         if min_lr > lr:
             raise ValueError(f"min_lr: expected at most the peak of {lr:g}, got {min_lr:g}")
-        given = {"epochs": None, "base_lr": None, "warmup_epochs": None}
+        given: dict[str, Any] = {"epochs": None, "base_lr": None, "warmup_epochs": None}
         return replace(self, steps=steps, warmup=warmup, lr=lr, min_lr=min_lr, **given)
 
     def augmentation(self, image_size: int) -> str:
@@ -240,6 +240,8 @@ class DiTOptions(LoopOptions, DataOptions):
         super().check(world)
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: expected one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")
+        if self.grad_checkpointing and self.model == "unet":
+            raise ValueError("grad_checkpointing: expected off for unet, diffusers' UNet2DModel, got on")
         if self.objective not in ("noise", "flow"):
             raise ValueError(f"objective: expected noise or flow, got {self.objective!r}")
         if self.objective == "flow" and self.schedule != "linear":

@@ -7,6 +7,7 @@ a classifier that ``convdit finetune`` trained. Only the first gives figures tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,7 +173,12 @@ def evaluate(
     ``weights``, a file of Inception v3, or from ``judge``, a run of ``finetune``: one of them is needed. ``out`` takes
     the samples as the evaluator of ADM reads them.
     """
-    if (weights is None) == (judge is None):
+    network: Callable[[torch.device], Extractor]
+    if weights is not None and judge is None:
+        network = partial(inception, weights)
+    elif judge is not None and weights is None:
+        network = partial(classifier, judge)
+    else:
         raise ValueError("weights, judge: expected one of the two, a file of Inception v3 or a run of finetune")
     if count <= NEIGHBOURS:
         raise ValueError(f"count: expected at least {NEIGHBOURS + 1}, got {count}")
@@ -181,7 +187,7 @@ def evaluate(
     if out is not None and Path(out).suffix != ".npz":
         raise ValueError(f"out: expected a name ending in .npz, got {out}")
     device = device_of(cpu)
-    extract = inception(weights, device) if weights else classifier(judge, device)
+    extract = network(device)
     if real not in EMBEDDED and not Path(real).exists():
         raise DataError(f"real: {real}: no such file or folder, and not one of {', '.join(EMBEDDED)}")
     labels = None

@@ -21,7 +21,7 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message says why."""
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary name beside ``path``, then renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

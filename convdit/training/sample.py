@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diffusion import GaussianDiffusion, RectifiedFlow
 from ..models import DiT
 from ..models.modulation_cache import table_bytes
 from . import build
-from .codecs import decoder
+from .autoencoder import Autoencoder
+from .codecs import DiffusersVAE, decoder
 from .common import device_of
 from .pictures import grid, save_png
 from .runs import RunError, read_weights, write_whole
+from .unet import UNet
 
 STEPS = 1000  # of the diffusion process, in training
 SAMPLERS = {"noise": ("ddim", "ddpm"), "flow": ("euler", "heun")}  # the first is the default
@@ -39,7 +41,7 @@ def objective_of(config: dict[str, Any]) -> str:
 class PictureMaker:
     """A DiT (or its rival, a U-Net) with the autoencoder, if any, that turns its latents into pictures."""
 
-    def __init__(self, dit: nn.Module, autoencoder: nn.Module | None, config: dict[str, Any]):
+    def __init__(self, dit: DiT | UNet, autoencoder: Autoencoder | DiffusersVAE | None, config: dict[str, Any]):
         self.dit = dit.eval()
         self.autoencoder = None if autoencoder is None else autoencoder.eval()
         self.config = config
@@ -116,7 +118,7 @@ class PictureMaker:
         sampler = self.check(sampler, interval)
         y = y.to(device)
         arguments: dict[str, Any] = {"y": y}
-        forward = self.dit
+        forward: Callable[..., Tensor] = self.dit
         if guidance != 1.0:
             forward = self.dit.forward_with_cfg
             arguments |= {"cfg_scale": guidance, "channels": "all"}

@@ -79,7 +79,7 @@ def scaling(out: str | Path, quick: bool = False, seed: int = 0, settings: Scali
     settings.seed = seed
     out = Path(out)
     _open(out, settings)
-    common = {"data": "digits", "image_size": SIDE, "cpu": True, "seed": seed}
+    common: dict[str, Any] = {"data": "digits", "image_size": SIDE, "cpu": True, "seed": seed}
     stages = Stages(out)
 
     def judge() -> dict[str, Any]:
@@ -134,7 +134,7 @@ def scaling(out: str | Path, quick: bool = False, seed: int = 0, settings: Scali
             stage = f"design-{conditioning}-{'zero' if zero else 'plain'}"
             designs[name] = network(stage, last, **changes)
     caption = CAPTION.format(samples=settings.samples, real=len(reference), accuracy=accuracy["accuracy"])
-    results = {"grid": grid, "unets": unets, "designs": designs}
+    results: dict[str, Any] = {"grid": grid, "unets": unets, "designs": designs}
     results["findings"] = findings(results, str(last[0]))
     results["caption"] = " ".join([caption, *results["findings"]])
     results["seconds"] = sum(times["wall"] for times in stages.times.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
         values = {name: value.mean() for name, value in losses.items()}
         return values | by_timestep(losses["loss"].detach(), (STEPS * t).long() if t.is_floating_point() else t)
 
-    def show(step: int, model: nn.Module) -> None:
+    def show(step: int, model: Any) -> None:
         labels = torch.arange(min(10, len(dataset.classes))).repeat_interleave(_SAMPLES)
         maker = PictureMaker(model, decode, run.config)
         pictures = maker.sample(labels, options.sample_guidance, options.sample_steps, seed=options.seed)

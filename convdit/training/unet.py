@@ -69,8 +69,9 @@ class UNet(nn.Module):
         both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         wanted, plain = both.chunk(2)
         count = x.shape[1]
+        scale: Tensor | float = cfg_scale
         if interval is not None:
             inside = (t >= interval[0]) & (t <= interval[1])
-            cfg_scale = torch.where(inside, cfg_scale, 1.0).to(x.dtype).view(-1, 1, 1, 1)
-        guided = plain[:, :count] + cfg_scale * (wanted[:, :count] - plain[:, :count])
+            scale = torch.where(inside, cfg_scale, 1.0).to(x.dtype).view(-1, 1, 1, 1)
+        guided = plain[:, :count] + scale * (wanted[:, :count] - plain[:, :count])
         return torch.cat([guided, wanted[:, count:]], 1)

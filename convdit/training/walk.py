@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..data.errors import require
+from ..models.dit import DiT, LabelEmbedder
 from .pictures import grid, save_png
 from .runs import write_whole
 from .sample import STEPS, PictureMaker, class_numbers
@@ -82,7 +84,7 @@ def walk(
     interval: Sequence[float] | None = None,
 ) -> Tensor:
     """Pictures (rows, frames, C, H, W) in [0, 1]; without noise on the way near starts give near pictures."""
-    table = maker.dit.y_embedder.embedding_table.weight
+    table = cast(LabelEmbedder, cast(DiT, maker.dit).y_embedder).embedding_table.weight
     generator = torch.Generator().manual_seed(seed)
     first, last = (torch.randn(rows, 1, *maker.latent_shape, generator=generator) for _ in range(2))
     at = torch.linspace(0, 1, frames)

@@ -31,7 +31,9 @@ def write(state, path, kind):
     ],
     ids=["official", "timm", "transformers", "encoder of FCMAE", "whole FCMAE"],
 )
-def test_every_format_goes_both_ways_from_file_to_file(request, tmp_path, assert_same, source, to, foreign, kind):
+def test_every_format_goes_both_ways_from_file_to_file(
+    request, tmp_path, capsys, assert_same, source, to, foreign, kind
+):
     ours = request.getfixturevalue(source)()
     theirs = foreign(ours)
     write(theirs, tmp_path / "theirs", kind)
@@ -39,6 +41,7 @@ def test_every_format_goes_both_ways_from_file_to_file(request, tmp_path, assert
     assert_same(load_file(tmp_path / "ours"), ours)
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", to, "--from", "convdit"]) == 0
     assert_same(load_file(tmp_path / "back"), theirs)
+    assert capsys.readouterr().out.count("eps 1e-12") == (2 if to == "transformers" else 0)
 
 
 def test_the_command_names_every_format(capsys):
@@ -81,7 +84,11 @@ def test_the_image_tower_of_open_clip_is_taken_when_asked_for_and_the_rest_is_na
     state = model.state_dict()
     assert main_on(state, tmp_path) == 1
     message = capsys.readouterr().err
-    assert "whole open_clip model" in message and "--part" in message and not (tmp_path / "out").exists()
+    assert (
+        "A whole open_clip model" in message
+        and "convdit convert --part visual.trunk" in message
+        and not (tmp_path / "out").exists()
+    )
     assert main_on(state, tmp_path, "--part", "visual.trunk") == 0
     line = capsys.readouterr().out.splitlines()[-1]
     left = [name for name in state if not name.startswith("visual.trunk.")]

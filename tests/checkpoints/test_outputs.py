@@ -69,19 +69,22 @@ def test_the_names_and_shapes_of_timms_full_size_models(name):
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in ours.items()}
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
 @pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
-def test_transformers_logits_and_the_way_back(images, version):
+def test_transformers_logits_and_the_way_back(images, version, eps):
     import transformers
 
     kind = "ConvNextV2" if version == 2 else "ConvNext"
-    # Their final LayerNorm has eps 1e-12 by default; the official eps makes the two models equal.
+    # Their final LayerNorm has eps 1e-12 by default: the official eps in theirs or theirs in ours makes the two equal.
     config = getattr(transformers, f"{kind}Config")(
-        depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=5, layer_norm_eps=1e-6
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=5, layer_norm_eps=eps
     )
     theirs = randomise(getattr(transformers, f"{kind}ForImageClassification")(config))
     name = "convnextv2_tiny" if version == 2 else "convnext_tiny"
     ours = models.create(name, num_classes=5, depths=DEPTHS, dims=DIMS).eval()
+    assert ours.norm.eps == 1e-6
+    ours.norm.eps = eps
     ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "convdit"))
     assert_close(ours(images), theirs(images).logits)
     randomise(ours, seed=2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.simt import summary
-from tests.simt.plugin import choose, library
+from tests.simt.plugin import choose, library, take_cpu_tensors_for_cuda
 
 DRY = os.environ.get("CONVDIT_GPU_CHECK") == "dry"
 DEVICE = "cpu" if DRY else "cuda"
@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     key = "CPU" if DRY else "CUDA"
     if not DRY and not convdit.build_info()["cuda"]:
         raise pytest.UsageError(f"the CUDA library is not loaded: {convdit.build_info()['cuda_reason']}")
+    take_cpu_tensors_for_cuda()
     config.redirected = torch.library.Library("convdit", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("convdit::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, key):

@@ -24,6 +24,11 @@ from . import build, code, mutants, summary
 ROOMS = sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
 QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves or changes_nothing"
 
+# For mutants of attention: a width of each kind of kernel, and tokens for one tile and a bit more.
+FEW_TESTS = {
+    "attention": "scores_far or (equals_reference or error_rule) and (3x7 or 2x9 or 2x33 or 2x66 or 2x63 or 2x64)"
+}
+
 
 def start(folder: Path, *arguments: str, output: IO | None = None, **environment: str) -> subprocess.Popen:
     """Start a module in a process that loads the operators from `folder`."""
@@ -59,26 +64,31 @@ def operators(arguments: list[str]) -> int:
 
 
 def sweep(rooms: list[str]) -> int:
-    rooms, failed = rooms or ROOMS, 0
+    rooms, failed, total = rooms or ROOMS, 0, Counter()
     for room in rooms:
-        step = f"mutants of {room}"
+        step = f"{'equivalent ' if os.environ.get('SIMT_EQUIVALENT') else ''}mutants of {room}"
         summary.begin(step)
         csrc, _ = mutants.mutated_tree(room)
         files = [f"{folder}/test_{room}.py" for folder in ("tests/ops", "tests/simt/operators")]
         files = [f for f in files if (build.ROOT / f).exists()]
-        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", *files, "-k", QUICK_TESTS]
+        tests = ["pytest", "-p", "tests.simt.sweep", "-q", "-s", *files, "-k", FEW_TESTS.get(room, QUICK_TESTS)]
         library = build.operators(csrc=csrc, only=room, most_blocks=build.FEW_BLOCKS)
         failed += in_shares(library, *tests, SIMT_ROOM=room, SIMT_STEP=step)
-        print(f"{room}: {summary.of_mutants(summary.steps().get(step, Counter()))}", flush=True)
+        counts = summary.steps().get(step, Counter())
+        print(f"{room}: {summary.of_mutants(counts)}", flush=True)
+        total += counts
+    print(f"{len(rooms)} rooms: {summary.of_mutants(total)}")
     return failed
 
 
 def budget(arguments: list[str]) -> int:
     summary.begin("budget")
     rooms = [a for a in arguments if a != "--update"]
-    if not rooms:
-        return start(build.operators(), "tests.simt.budget", *arguments, *ROOMS).wait()
     update = [a for a in arguments if a == "--update"]
+    if not rooms and not update:
+        return in_shares(build.operators(), "tests.simt.budget", *ROOMS)
+    if not rooms:  # one process: it writes the file
+        return start(build.operators(), "tests.simt.budget", *update, *ROOMS).wait()
     return any([start(build.operators(only=r), "tests.simt.budget", *update, r).wait() for r in rooms])
 
 

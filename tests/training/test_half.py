@@ -8,7 +8,7 @@ from convdit.cli import main
 from convdit.nn import stage
 from convdit.training import engine, runs
 from convdit.training.finetune import finetune
-from convdit.training.options import FinetuneOptions, PretrainOptions
+from convdit.training.options import DiTOptions, FinetuneOptions, PretrainOptions
 from convdit.training.pretrain import pretrain
 from convdit.training.runs import read_log
 
@@ -112,3 +112,8 @@ def test_gradient_checkpointing_is_an_option_and_changes_no_bit(tmp_path, monkey
     assert len(calls) == 3 * (3 if command == "pretrain" else 2), "steps times blocks, the decoder's too"
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "again"))
     assert main([command, "--cpu", "--out", str(tmp_path / "again"), "--resume", "--no-grad-checkpointing"]) == 0
+
+
+def test_a_model_without_blocks_refuses_gradient_checkpointing():
+    with pytest.raises(ValueError, match="grad_checkpointing: expected off for unet"):
+        DiTOptions(model="unet", grad_checkpointing=True).check()
