@@ -22,7 +22,7 @@ help:
 	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
 	@echo "make wheel     dist/: source distribution and wheel, tried from an empty folder; TORCH='2.13.0': beside these too"
-	@echo "make lint      ruff; mypy on the operators, reference and checkpoints"
+	@echo "make lint      ruff; mypy on the operators, reference and checkpoints; clang-tidy on csrc"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:
@@ -113,10 +113,13 @@ fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
 
 lint: $(BIN)/python
-	@$(BIN)/python -m pip install -q ruff mypy
+	@$(BIN)/python -m pip install -q ruff mypy clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/lint -G Ninja -DCONVDIT_CUDA=off -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	printf '%s\n' $(filter %.cpp,$(SOURCES)) | xargs -P $(MAX_JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/lint \
+	  --extra-arg=-Wno-unknown-warning-option --extra-arg=-Wno-ignored-optimization-argument
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convdit/*.so
