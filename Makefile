@@ -22,7 +22,7 @@ help:
 	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
 	@echo "make wheel     dist/: source distribution and wheel, tried from an empty folder; TORCH='2.13.0': beside these too"
-	@echo "make lint      ruff; mypy on the operators, reference and checkpoints; clang-tidy on csrc"
+	@echo "make lint      ruff, mypy, and clang-tidy on csrc"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:
@@ -74,6 +74,7 @@ arm-check: $(BIN)/python
 
 # The operators' tests over their CUDA kernels; the executor's own tests; some of the mutants.
 simt: $(VENV)/.test
+	@$(BIN)/python -m tests.simt summary --begin
 	$(BIN)/python -m tests.simt operators --arch compute_90 --few-blocks -q tests/ops -k "equals_reference or error_rule"
 	$(BIN)/python -m pytest -q tests/simt
 	$(BIN)/python -m tests.simt budget
@@ -81,6 +82,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
 	$(BIN)/python -m tests.gpu --dry
+	@$(BIN)/python -m tests.simt summary
 
 mutants: $(VENV)/.test
 	$(BIN)/python -m tests.simt mutants
