@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml convdit/_version.py
 
-.PHONY: help demo test test-avx512 sanitize arm-check simt mutants gpu-bound gpu-check bench docs fuzz lint wheel clean
+.PHONY: help demo test test-avx512 sanitize arm-check simt mutants gpu-bound gpu-check bench docs fuzz lint format wheel clean
 help:
 	@echo "make demo      build, then FCMAE and DiT on real pictures; report in demo-report/report.html"
 	@echo "make test      build with everything the tests need, run the tests"
@@ -22,7 +22,8 @@ help:
 	@echo "make docs      the documentation as pages, in build/site/"
 	@echo "make fuzz      random shapes, strides, dtypes and masks against the reference; SECONDS=60 SEED=0"
 	@echo "make wheel     dist/: source distribution and wheel, tried from an empty folder; TORCH='2.13.0': beside these too"
-	@echo "make lint      ruff, mypy, and clang-tidy on csrc"
+	@echo "make lint      ruff, mypy, and clang-format and clang-tidy on csrc"
+	@echo "make format    ruff format, and clang-format in place"
 	@echo "make clean     remove .venv and what was built"
 
 $(BIN)/python:
@@ -114,14 +115,21 @@ docs: $(BIN)/python
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
 
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 lint: $(BIN)/python
-	@$(BIN)/python -m pip install -q ruff mypy clang-tidy
+	@$(BIN)/python -m pip install -q ruff mypy clang-format==23.1.5 clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/lint -G Ninja -DCONVDIT_CUDA=off -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	printf '%s\n' $(filter %.cpp,$(SOURCES)) | xargs -P $(MAX_JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/lint \
+	printf '%s\n' $(filter %.cpp,$(CSRC)) | xargs -P $(MAX_JOBS) -n 1 $(BIN)/clang-tidy --quiet -p build/lint \
 	  --extra-arg=-Wno-unknown-warning-option --extra-arg=-Wno-ignored-optimization-argument
+
+format: $(BIN)/python
+	@$(BIN)/python -m pip install -q ruff clang-format==23.1.5
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convdit/*.so
