@@ -112,6 +112,13 @@ def test_an_unknown_cpu_level_is_refused_and_the_levels_are_named():
     assert "'sse9'" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["32M", "-1", "1e6", "9" * 20])
+def test_a_size_of_the_cache_that_is_no_number_of_bytes_is_refused(text):
+    done = python("import convdit", CONVDIT_CACHE_BYTES=text)
+    assert done.returncode != 0
+    assert f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {text!r}" in done.stderr
+
+
 def test_the_baseline_level_can_be_asked_for():
     code = "import convdit; print(convdit.build_info()['cpu_level'])"
     done = python(code, CONVDIT_CPU_LEVEL="baseline")

@@ -149,6 +149,7 @@ def findings(results: dict[str, Any], last: str) -> list[str]:
     order = rank_correlation([row["gflops"] for row in rows], [row["fid"][last] for row in rows])
     verdict = "as in the talk" if order < -0.6 else "unlike in the talk" if order > 0 else "weaker than in the talk"
     found = [f"Rank correlation of Gflops and distance over {len(rows)} DiT: {order:+.2f}, {verdict}."]
+    found += [_pairs(results["grid"], last, larger=larger) for larger in (True, False)]
     pairs = [_same_sampling_compute(one, two) for i, one in enumerate(rows) for two in rows[i + 1 :]]
     won = [pair for pair in pairs if pair is not None]
     found.append(
@@ -167,6 +168,19 @@ def findings(results: dict[str, Any], last: str) -> list[str]:
             f"DiT-{near}: {rival['fid'][last]:.1f} at {rival['gflops']:.2g}."
         )
     return found
+
+
+def _pairs(grid: dict[str, Any], last: str, larger: bool) -> str:
+    """How often compute spent on a larger network, or else on smaller patches, made samples better."""
+    better = total = 0
+    for one, two in itertools.combinations(grid, 2):
+        (size, patch), (other_size, other_patch) = one.split("/"), two.split("/")
+        if (patch == other_patch) if larger else (size == other_size):
+            less, more = sorted((grid[one], grid[two]), key=lambda row: row["gflops"])
+            better += more["fid"][last] < less["fid"][last]
+            total += 1
+    what = "A larger network of the same patch" if larger else "A smaller patch in a network of the same size"
+    return f"{what} is better in {better} of {total} pairs."
 
 
 def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
@@ -227,7 +241,7 @@ def _plot(results: dict[str, Any], settings: ScalingSettings, path: Path) -> Non
     sampling.set_title(f"against sampling compute: {', '.join(map(str, settings.sampling_steps))} steps", fontsize=10)
     names = list(results["designs"])
     designs.barh(names[::-1], [results["designs"][name]["fid"][last] for name in names[::-1]])
-    designs.set(xlabel="Fréchet distance", xscale="log")
+    designs.set(xlabel="Fréchet distance")  # from 0: a bar's length is its figure
     designs.set_title("block designs, DiT-{}/{}".format(*settings.designs))
     for axes in (compute, sampling):
         axes.legend(frameon=False, fontsize=7)

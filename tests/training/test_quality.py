@@ -175,7 +175,9 @@ def test_an_evaluation_that_cannot_work_is_named(folder, change, message):
 
 def rows(*figures):
     """(Gflops, distances after 1 and 4 steps) as scaling keeps them."""
-    return {f"n{i}": {"gflops": gflops, "fid": {"1": one, "4": four}} for i, (gflops, one, four) in enumerate(figures)}
+    names = ("XS/4", "S/4", "S/2")
+    found = [{"gflops": gflops, "fid": {"1": one, "4": four}} for gflops, one, four in figures]
+    return dict(zip(names, found, strict=True))
 
 
 def test_findings_say_what_the_figures_say():
@@ -185,16 +187,19 @@ def test_findings_say_what_the_figures_say():
         "unets": {"U-Net 8": {"gflops": 1.9, "fid": {"4": 12.0}}},
         "designs": {name: {"fid": {"4": value}} for name, value in designs.items()},
     }
-    order, sampling, design, unet = scaling.findings(results, "4")
+    order, size, patch, sampling, design, unet = scaling.findings(results, "4")
     assert "over 3 DiT: -1.00, as in the talk" in order
-    # 4 steps of n0 cost 4: one of n1 (25, worse than 20), none of n2; 4 of n1 cost 8: one of n2 (9, better than 15).
+    assert size == "A larger network of the same patch is better in 1 of 1 pairs."
+    assert patch == "A smaller patch in a network of the same size is better in 1 of 1 pairs."
+    # Four steps of XS/4 cost 4: one of S/4 (25, worse than 20), none of S/2; of S/4 8: one of S/2 (9, better than 15).
     assert "the smaller of two DiT is better in 1 of 2 pairs" in sampling
     assert "Best design: adaln, no zeros; zero initialisation is better in 1 of 2" in design
-    assert "U-Net 8: 12.0 at 1.9 Gflops; DiT-n1: 15.0 at 2" in unet
+    assert "U-Net 8: 12.0 at 1.9 Gflops; DiT-S/4: 15.0 at 2" in unet
     results["grid"] = rows((1.0, 9.0, 6.0), (2.0, 25.0, 15.0), (8.0, 30.0, 20.0))
     assert "+1.00, unlike in the talk" in scaling.findings(results, "4")[0]
     results["grid"] = rows((1.0, 1.0, 6.0), (2.0, 1.0, 15.0), (8.0, 1.0, 3.0))
-    assert "-0.50, weaker than in the talk" in scaling.findings(results, "4")[0]
+    order, size, patch, *_ = scaling.findings(results, "4")
+    assert "-0.50, weaker than in the talk" in order and "0 of 1" in size and "1 of 1" in patch
 
 
 def test_scaling_draws_every_network_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
