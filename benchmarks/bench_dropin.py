@@ -24,9 +24,11 @@ def comparisons() -> Iterator[Comparison]:
         yield Comparison("accelerated timm", "forward", shape, torch.float32, build, quick=quick, heavy=True)
         yield Comparison("accelerated timm", "step", shape, torch.float32, partial(training, name))
         yield Comparison("accelerated timm, compiled", "forward", shape, torch.float32, partial(inference, name, True))
-    yield Comparison("accelerated diffusers", "forward", "S/2; 8x4x32x32", torch.float32, diffusers_inference)
-    compiled = partial(diffusers_inference, True)
-    yield Comparison("accelerated diffusers, compiled", "forward", "S/2; 8x4x32x32", torch.float32, compiled)
+    for n in (2, 8):
+        shape, build = f"S/2; {n}x4x32x32", partial(diffusers_inference, n=n)
+        yield Comparison("accelerated diffusers", "forward", shape, torch.float32, build)
+        build = partial(build, True)
+        yield Comparison("accelerated diffusers, compiled", "forward", shape, torch.float32, build)
 
 
 def pair(name: str, model: nn.Module, compiled: bool) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -64,7 +66,7 @@ def training(name: str, n: int = 8, side: int = 224, lr: float = 1e-4, **options
 
 
 def diffusers_inference(compiled: bool = False, n: int = 8, side: int = 32, heads: int = 6, layers: int = 12) -> Work:
-    """A DiT of size S/2, as DiTPipeline calls it for four images with guidance."""
+    """A DiT of size S/2, as DiTPipeline calls it with guidance for n / 2 images."""
     from diffusers import DiTTransformer2DModel
 
     sizes = {"num_attention_heads": heads, "attention_head_dim": 64, "num_layers": layers, "sample_size": side}

@@ -83,17 +83,20 @@ def _other_major(reason: str, torch_cuda: str) -> str:
     )
 
 
-def _check_level(info: dict[str, Any]) -> None:
+def _check_environment(info: dict[str, Any]) -> None:
     wanted = os.environ.get("CONVDIT_CPU_LEVEL")
     if wanted and wanted not in info["cpu_levels"]:
         levels = ", ".join(info["cpu_levels"])
         raise ImportError(f"CONVDIT_CPU_LEVEL: expected one of {levels}, got {wanted!r}")
+    cache = os.environ.get("CONVDIT_CACHE_BYTES")
+    if cache and not re.fullmatch(r"[0-9]{1,18}", cache):
+        raise ImportError(f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {cache!r}")
 
 
 def _load() -> dict[str, Any]:
     folder = _folder()
     info: dict[str, Any] = _load_information(folder).build_info()
-    _check_level(info)
+    _check_environment(info)
     _load_operators(folder)
     _load_cuda(folder, info)
     return info

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if options:
             _add_options(command, options)
-        if trains:
+        if options and trains:
             command.add_argument("--out", default=f"runs/{name}", help="run folder (%(default)s)")
             command.add_argument("--resume", action="store_true", help="go on with the run in --out, same options")
             _add_recipe(command, options)
@@ -90,10 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=8, help="pictures a class (%(default)s)")
     text = "scale; 1: none; several: side by side in one picture, as 1.5 2 4 6 (2)"
     sample.add_argument("--guidance", type=float, nargs="+", default=[2.0], help=text)
-    sample.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    sample.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    _add_sampling(sample)
 
     walk = add("walk", _walk, "a walk between two noises, or between two classes, as strips or a GIF")
     walk.add_argument("weights", help="run folder of train-dit, or its model.safetensors")
@@ -103,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     walk.add_argument("--frames", type=int, default=9, help="pictures of a walk (%(default)s)")
     walk.add_argument("--rows", type=int, default=4, help="walks (%(default)s)")
     walk.add_argument("--guidance", type=float, default=2.0, help="1: none (%(default)s)")
-    walk.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    walk.add_argument("--seed", type=int, default=0)
-    walk.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    _add_sampling(walk)
     judged = add("evaluate", _evaluate, "FID, sFID, inception score, precision and recall of samples")
     judged.add_argument("samples", help="run folder of train-dit to sample from, or an .npz with arr_0")
     judged.add_argument("--real", default="mnist5k", help="a data set, or an .npz with arr_0 (%(default)s)")
@@ -115,10 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     judged.add_argument("--npz", help="write the samples as the evaluator of ADM reads them")
     judged.add_argument("--count", type=int, default=1000, help="samples (%(default)s)")
     judged.add_argument("--guidance", type=float, default=1.0, help="1: none (%(default)s)")
-    judged.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    judged.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    judged.add_argument("--seed", type=int, default=0)
-    judged.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    _add_sampling(judged)
     judged.add_argument("--out", help="write the figures to this JSON file too")
     scaling = add("scaling", _scaling, "quality against compute on small real pictures, for DiT and a U-Net")
     scaling.add_argument("--out", default="scaling", help="folder of the plots and runs (%(default)s)")
@@ -131,10 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("target", metavar="OUT", nargs="?", help="safetensors file to write")
     convert.add_argument("--out", help="the same as OUT")
-    convert.add_argument("--to", required=True, metavar="FORMAT", help="convdit, timm, ...")
+    text = "convdit, convnextv2_official, fcmae_minkowski, timm, transformers, dit_official, diffusers or sit"
+    convert.add_argument("--to", required=True, metavar="FORMAT", help=text)
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: detected")
     convert.add_argument("--input-size", type=int, nargs="+", help="of a DiT's latent, for its position table")
-    convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place")
+    convert.add_argument("--encoder-only", action="store_true", help="drop parts without a place, and name them")
+    convert.add_argument("--part", metavar="NAME", help="only what is under it, as visual.trunk in an open_clip model")
 
     fast = add(
         "accelerate", _accelerate, "which layers of other people's models convdit.accelerate computes, and which not"
@@ -186,6 +180,18 @@ def _add_options(parser: argparse.ArgumentParser, options: type) -> None:
             parser.add_argument(flag, choices=f.metadata["choices"], **common)
         else:
             parser.add_argument(flag, type=inner[0], metavar=inner[0].__name__.upper(), **common)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    text = (
+        "of weights that predict noise: ddim (default), ddpm; of a flow: euler (default), heun, two model calls a step"
+    )
+    parser.add_argument("--sampler", choices=("ddim", "ddpm", "euler", "heun"), help=text)
+    text = "guide from this timestep (0 to 999; of a flow: time, 0 to 1) to that one, both included (default: at all)"
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
 
 def _add_recipe(parser: argparse.ArgumentParser, options: type) -> None:
@@ -311,6 +317,7 @@ def _sample(given: argparse.Namespace) -> None:
         guidance=given.guidance,
         steps=given.steps,
         sampler=given.sampler,
+        interval=given.guidance_interval,
         seed=given.seed,
         cpu=given.cpu,
     )
@@ -320,28 +327,18 @@ def _sample(given: argparse.Namespace) -> None:
 def _walk(given: argparse.Namespace) -> None:
     from .training.walk import walk_to_file
 
-    names = ("kind", "classes", "frames", "rows", "guidance", "steps", "seed", "cpu")
-    walk_to_file(given.weights, Path(given.out), **{name: getattr(given, name) for name in names})
+    names = ("kind", "classes", "frames", "rows", "guidance", "steps", "sampler", "seed", "cpu")
+    settings = {name: getattr(given, name) for name in names} | {"interval": given.guidance_interval}
+    walk_to_file(given.weights, Path(given.out), **settings)
     print(f"{given.kind} walk: {given.out}")
 
 
 def _evaluate(given: argparse.Namespace) -> None:
     from .training.quality import evaluate
 
-    figures = evaluate(
-        given.samples,
-        given.real,
-        given.npz,
-        given.weights,
-        given.judge,
-        given.count,
-        given.guidance,
-        given.steps,
-        given.sampler,
-        given.seed,
-        given.cpu,
-    )
-    _report(figures, given.out)
+    names = ("weights", "judge", "count", "guidance", "steps", "sampler", "seed", "cpu")
+    settings = {name: getattr(given, name) for name in names} | {"interval": given.guidance_interval}
+    _report(evaluate(given.samples, given.real, given.npz, **settings), given.out)
 
 
 def _scaling(given: argparse.Namespace) -> None:
@@ -356,9 +353,8 @@ def _convert(given: argparse.Namespace) -> None:
     target = given.target or given.out
     if not target:
         raise ValueError("OUT: expected the name of the file to write")
-    options = (given.source_format, given.encoder_only, given.input_size)
-    found, count = convert_file(given.source, Path(target), given.to, *options)
-    print(f"{given.source} ({found}) -> {target} ({given.to}): {count} tensors")
+    options = (given.source_format, given.encoder_only, given.input_size, given.part)
+    print("\n".join(convert_file(given.source, Path(target), given.to, *options)))
 
 
 def _accelerate(given: argparse.Namespace) -> None:

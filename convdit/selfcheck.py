@@ -143,6 +143,8 @@ def describe() -> tuple[dict[str, Any], bool]:
     print(f"{'torch':14} {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'machine':14} {platform.platform()}")
     devices = ["cpu"] + (["cuda"] if info["cuda"] and torch.cuda.is_available() else [])
+    if info["cuda"] and len(devices) == 1:
+        print("PyTorch sees no GPU: the CUDA operators are loaded, and not checked")
     print(f"\nforward and backward in float32 against the reference in float64, at most {TOLERANCE:g}")
     good = True
     for device in devices:

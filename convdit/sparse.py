@@ -8,6 +8,7 @@ it every table of neighbours built from it. An arbitrary mask is the case of blo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,10 @@ def random_patch_mask(
     kept = visible_patches(rows * columns, ratio)
     if generator is not None:
         device = _generator_device(generator, device)
-    # torch.compile refuses a generator=None beside a batch of unknown size.
-    source = {} if generator is None else {"generator": generator}
-    noise = torch.rand(n, rows * columns, device=device, **source)
+    if generator is None:  # which torch.compile refuses as an argument, beside a batch of unknown size
+        noise = torch.rand(n, rows * columns, device=device)
+    else:
+        noise = torch.rand(n, rows * columns, device=device, generator=generator)
     removed = torch.ones_like(noise, dtype=torch.bool)
     removed = removed.scatter(1, noise.argsort(1)[:, :kept], False)
     return removed.view(n, rows, columns)
@@ -310,7 +312,7 @@ class SparseTensor2d:
         image, row, column = sites.blocks.long().unbind(1)
         return cls(blocks[image, row, column].flatten(0, 2), sites)
 
-    def to_spconv(self) -> object:
+    def to_spconv(self) -> Any:
         """The same features as a `spconv.pytorch.SparseConvTensor`."""
         spconv = _import_spconv()
         # spconv reads memory in order whatever the strides say.
@@ -322,7 +324,7 @@ class SparseTensor2d:
         )
 
     @classmethod
-    def from_spconv(cls, tensor: object) -> SparseTensor2d:
+    def from_spconv(cls, tensor: Any) -> SparseTensor2d:
         """From a `spconv.pytorch.SparseConvTensor` of two spatial dimensions.
 
         Rows are put into the order of `ActiveSites`.
@@ -348,7 +350,7 @@ class SparseTensor2d:
         return cls(tensor.features[order], ActiveSites(blocks, n, (height, width)))
 
 
-def _import_spconv() -> object:
+def _import_spconv() -> Any:
     try:
         import spconv.pytorch as spconv
     except ImportError as error:

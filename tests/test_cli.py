@@ -68,7 +68,8 @@ def test_module_runs_as_a_program():
 def test_probe_and_finetune_start_from_a_pretraining_run(pretrained, tmp_path, capsys):
     arguments = ["--data", "digits", "--init", str(pretrained), "--labels", "50", "--cpu"]
     assert main(["probe", *arguments, "--out", str(tmp_path / "probe.json")]) == 0
-    assert 0 < json.loads((tmp_path / "probe.json").read_text())["accuracy"] < 1
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert 0 < found["accuracy"] < 1 and 0.15 < found["knn_accuracy"] < 1 and found["labels"] == 50
     assert main(["finetune", *arguments, "--steps", "2", "--out", str(tmp_path / "tuned")]) == 0
     assert "held-out accuracy" in capsys.readouterr().out
     encoder, tuned = load_file(pretrained / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")
@@ -146,6 +147,24 @@ def test_finetune_starts_from_a_checkpoint_of_another_project(pretrained, tmp_pa
     assert main(["finetune", *arguments, str(pretrained), "--out", str(tmp_path / "b")]) == 0
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_stages_of_attention_are_an_option_and_kept_from_run_to_run(pretrained, tmp_path, capsys):
+    hybrid, name = tmp_path / "pre", "stages.1.0.attn.qkv.weight"
+    assert main(["pretrain", *SMALL, "--attention-stages", "1", "--out", str(hybrid)]) == 0
+    assert main(["finetune", *SMALL, "--init", str(hybrid), "--labels", "50", "--out", str(tmp_path / "tuned")]) == 0
+    encoder, tuned = load_file(hybrid / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")
+    assert 0 < (tuned[name] - encoder[f"encoder.{name}"]).abs().max() < 0.01
+    assert main(["reconstruct", str(hybrid), "--out", str(tmp_path / "r.png"), "--count", "4"]) == 0
+    arguments = ["--data", "digits", "--labels", "50", "--cpu", "--out", str(tmp_path / "p.json")]
+    assert main(["probe", *arguments, "--init", str(hybrid)]) == 0
+    assert main(["probe", *arguments, *SMALL[2:10], "--attention-stages", "2"]) == 0
+    out = tmp_path / "f"
+    for source, stages in ((pretrained, 1), (hybrid, 2), (hybrid, 0)):
+        line = fails(capsys, "finetune", *SMALL, "--init", source, "--attention-stages", stages, "--out", out)
+        assert "attention_stages: the weights of init are for (" in line and not out.exists()
+    line = fails(capsys, "probe", "--data", "digits", "--init", hybrid, "--depths", 2, 1)
+    assert "depths: the weights of init are for (1, 1), asked for (2, 1)" in line
 
 
 def test_reconstruct_writes_a_picture(pretrained, tmp_path):

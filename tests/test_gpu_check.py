@@ -1,6 +1,8 @@
 """The script of `make gpu-check`: what it says of a step that fails, hangs or is not there. `make simt` runs it dry."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -34,10 +36,17 @@ def test_one_failing_share_fails_the_step(capfd):
     ]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert script.main([]) == 0
-    assert "no CUDA GPU" in capsys.readouterr().out
+def test_without_a_gpu_make_gpu_check_says_so_and_ends_with_0(tmp_path):
+    python = tmp_path / "bin" / "python"  # of the environment that make would make
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # whatever GPU there is
+    done = subprocess.run(
+        ["make", "gpu-check", f"VENV={tmp_path}", "DRY="], cwd=script.ROOT, env=hidden, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "found no CUDA GPU" in done.stdout and "nothing was checked" in done.stdout
 
 
 def test_a_failing_step_fails_the_check_and_is_written(tmp_path, monkeypatch, capsys):

@@ -15,11 +15,9 @@ import pytest
 import torch
 
 import convdit
-from convdit import _library
+from convdit import _library, selfcheck
 
 ROOT = Path(__file__).resolve().parent.parent
-# The cmake of this environment, whose folder need not be on the PATH, before the machine's.
-CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 def python(code, **environment):
@@ -114,76 +112,17 @@ def test_an_unknown_cpu_level_is_refused_and_the_levels_are_named():
     assert "'sse9'" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["32M", "-1", "1e6", "9" * 20])
+def test_a_size_of_the_cache_that_is_no_number_of_bytes_is_refused(text):
+    done = python("import convdit", CONVDIT_CACHE_BYTES=text)
+    assert done.returncode != 0
+    assert f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {text!r}" in done.stderr
+
+
 def test_the_baseline_level_can_be_asked_for():
     code = "import convdit; print(convdit.build_info()['cpu_level'])"
     done = python(code, CONVDIT_CPU_LEVEL="baseline")
     assert (done.returncode, done.stdout.strip()) == (0, "baseline"), done.stderr
-
-
-def architectures(text):
-    command = [CMAKE, f"-DLIST={text}", "-P", "csrc/cmake/cuda_architectures.cmake"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stderr.strip()
-
-
-@pytest.mark.parametrize(
-    ("text", "result"),
-    [
-        ("8.0;9.0;10.0;12.0+PTX", "80-real;90-real;100-real;120"),
-        ("8.0 9.0+PTX", "80-real;90"),
-        ("8.0,8.6", "80-real;86-real"),
-        ("9.0a;10.0f;10.0a+PTX", "90a-real;100f-real;100a"),
-        ("Ampere;Hopper+PTX", "80-real;86-real;90"),
-        ("Blackwell+PTX", "100-real;120"),
-        ("8.0;8.0", "80-real"),
-    ],
-)
-def test_the_list_of_cuda_architectures_is_read_as_pytorch_writes_it(text, result):
-    assert architectures(text) == (0, result)
-
-
-@pytest.mark.parametrize("text", ["banana", "8", "80", "8.0+ptx", "8.0x", "", ";"])
-def test_a_wrong_list_of_cuda_architectures_is_named(text):
-    status, message = architectures(text)
-    assert status != 0
-    assert "TORCH_CUDA_ARCH_LIST" in message
-    assert f"'{text}'" in message
-
-
-def test_cuda_on_without_nvcc_fails_at_once_with_reason_and_cure(tmp_path):
-    env = {**os.environ, "CONVDIT_CUDA": "on", "CUDACXX": str(tmp_path / "nvcc")}
-    command = [CMAKE, "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode != 0
-    said = " ".join(done.stderr.split())
-    assert "CONVDIT_CUDA=on, but no working nvcc was found. Cure:" in said
-    assert "CONVDIT_CUDA=off" in said
-
-
-def build(tmp_path, **environment):
-    """setup.py's build with a PATH that has cmake and no compiler; it must end before it configures."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "cmake").symlink_to(CMAKE)
-    env = {name: value for name, value in os.environ.items() if name != "CXX"}
-    env |= {"PATH": str(tmp_path / "bin"), **environment}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
-    return subprocess.run(
-        [*command, "--build-temp", tmp_path / "temp"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-
-
-def test_a_build_without_a_compiler_names_the_cure(tmp_path):
-    done = build(tmp_path)
-    assert done.returncode != 0
-    assert "convdit: no C++ compiler was found on the PATH" in done.stderr
-    assert "apt-get install g++" in done.stderr
-    assert not (tmp_path / "temp").exists()
-
-
-def test_a_compiler_that_is_not_there_is_named(tmp_path):
-    done = build(tmp_path, CXX="ccache-is-not g++")
-    assert done.returncode != 0
-    assert "convdit: CXX names 'ccache-is-not'" in done.stderr
 
 
 @pytest.mark.parametrize("torch_cuda, said", [("12.8", True), ("13.0", False)])
@@ -196,6 +135,25 @@ def test_another_major_version_of_cuda_is_named_with_the_cure(torch_cuda, said, 
     assert info["cuda"]
     message = "is built for CUDA 12, convdit for CUDA 13: the driver must serve both. Cure: build convdit with nvcc 12"
     assert (message in info["cuda_reason"]) == said
+
+
+def test_beside_a_pytorch_without_cuda_the_cuda_operators_are_left_alone_and_the_reason_is_told(tmp_path, monkeypatch):
+    (tmp_path / "libconvdit_ops_cuda.so").touch()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
+    info = {"cuda": True, "cuda_reason": "built with nvcc 13.0.88 for 9.0"}
+    _library._load_cuda(tmp_path, info)
+    assert not info["cuda"]
+    assert info["cuda_reason"].endswith(f"; not loaded: PyTorch {torch.__version__} is a build without CUDA")
+
+
+def test_cuda_operators_without_a_gpu_are_said_to_be_unchecked(monkeypatch, capsys):
+    monkeypatch.setattr(selfcheck, "build_info", lambda: dict(convdit.build_info(), cuda=True))
+    monkeypatch.setattr(selfcheck, "CHECKS", {"grn": selfcheck.CHECKS["grn"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report, good = selfcheck.describe()
+    assert good and list(report["checks"]) == ["cpu/grn"]
+    assert "PyTorch sees no GPU: the CUDA operators are loaded, and not checked" in capsys.readouterr().out
 
 
 def test_the_source_distribution_has_every_file_of_the_repository(tmp_path):

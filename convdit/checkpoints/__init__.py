@@ -28,7 +28,7 @@ from convdit.checkpoints.hub import is_hub_name
 from convdit.checkpoints.layout import encoder_of
 from convdit.checkpoints.names import describe
 
-__all__ = ["convert", "detect", "formats", "is_hub_name", "load", "save", "sparse_to_dense"]
+__all__ = ["convert", "detect", "formats", "is_hub_name", "load", "part", "save", "sparse_to_dense"]
 
 # In the order of detection: a format whose names another one's pattern would also fit comes first.
 _FORMATS = {
@@ -45,6 +45,7 @@ _FORMATS = {
     )
 }
 _DIT = {"diffusers", "dit_official", "sit"}
+_OPEN_CLIP = "visual.trunk"  # where open_clip keeps an image tower of timm
 
 
 def formats() -> list[str]:
@@ -68,7 +69,29 @@ def _detect(state: Mapping[str, Tensor]) -> str:
     for name, module in _FORMATS.items():
         if module.matches(state):
             return facts_of(state).get("kind", name) if name == dit_official.NAME else name
-    raise ValueError(f"state_dict: none of the formats {', '.join(formats())} has these names: {describe(state)}")
+    hint = ""
+    if any(key.startswith(f"{_OPEN_CLIP}.") for key in state):
+        hint = (
+            f". A whole open_clip model: take part(state_dict, {_OPEN_CLIP!r}), or convdit convert --part {_OPEN_CLIP}"
+        )
+    raise ValueError(f"state_dict: none of the formats {', '.join(formats())} has these names: {describe(state)}{hint}")
+
+
+def part(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """Takes one module of a larger model out of its state_dict: "visual.trunk" of a whole open_clip model.
+
+    Returns the tensors whose names begin with `prefix` and a dot, named without them, and the names
+    of all other tensors: what the caller leaves out.
+
+    Raises ValueError where no name begins so.
+    """
+    state, start = unwrap(state_dict), prefix.removesuffix(".") + "."
+    taken = OrderedDict((key.removeprefix(start), value) for key, value in state.items() if key.startswith(start))
+    if not taken:
+        raise ValueError(
+            f"part: expected the first words of some names, got {prefix!r}; the names are {describe(state)}"
+        )
+    return with_facts(taken, facts_of(state)), [key for key in state if not key.startswith(start)]
 
 
 def convert(

@@ -11,7 +11,8 @@ __all__ = ["download", "is_hub_name"]
 
 _PREFIX = "hf-hub:"
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-_FILES = ("model.safetensors", "pytorch_model.bin")
+# The last two are open_clip's, whole models.
+_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def is_hub_name(name: str | os.PathLike[str]) -> bool:
@@ -25,7 +26,8 @@ def download(name: str) -> Path:
     """The weights of a repository on the hub, from the cache of huggingface_hub or from the network.
 
     name: "hf-hub:OWNER/NAME" or "timm/NAME", and "@REVISION" after it for another one than the last.
-    The file is `model.safetensors`, else `pytorch_model.bin`.
+    The file is `model.safetensors`, else `pytorch_model.bin`, else open_clip's: `open_clip_model.safetensors`
+    or `open_clip_pytorch_model.bin`.
 
     Raises ValueError for a name that is none, FileNotFoundError where the hub has no such
     repository, revision or file, ConnectionError where it cannot be reached and the cache has no

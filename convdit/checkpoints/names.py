@@ -7,12 +7,12 @@ A template is a name in which `{i}` and `{j}` stand for any index and `{s}` for 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
-__all__ = ["KeyTable", "describe", "rename"]
+__all__ = ["KeyTable", "describe", "fold", "rename"]
 
 _INDEX = r"(?:0|[1-9][0-9]*)"
 _PATTERNS = {"i": _INDEX, "j": _INDEX, "s": r"[1-9][0-9]*"}
@@ -92,3 +92,9 @@ def describe(keys: Iterable[str]) -> str:
     names = [repr(key) for key in keys]
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def fold(keys: Iterable[str]) -> list[str]:
+    """All the names, those that differ in indices alone as one: "layers.*.weight (12)"."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", key) for key in keys)
+    return [name if count == 1 and "*" not in name else f"{name} ({count})" for name, count in counts.items()]

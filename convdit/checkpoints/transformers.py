@@ -20,9 +20,10 @@ from torch import Tensor
 from convdit.checkpoints.layout import check_convnext, flat_grn, rename_all, split
 from convdit.checkpoints.names import KeyTable, rename
 
-__all__ = ["NAME", "matches", "read", "write"]
+__all__ = ["NAME", "NOTE", "matches", "read", "write"]
 
 NAME = "transformers"
+NOTE = "the final LayerNorm of transformers has eps 1e-12, ours, the official and timm's 1e-6: no file holds it"
 
 _OURS, _THEIRS = "stages.{i}.{j}", "encoder.stages.{i}.layers.{j}"
 _MOST_STAGES = 8  # of a backbone; theirs count from 1

@@ -24,7 +24,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, labels: Tensor, classes: Sequence[str], image_shape: tuple[int, int, int]):
         self.labels = labels.to(torch.int64)
         self.classes = list(classes)
-        self.image_shape = tuple(image_shape)
+        self.image_shape = image_shape
         if self.labels.ndim != 1:
             raise DataError(f"labels: expected shape (N,), got {tuple(self.labels.shape)}")
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
@@ -65,7 +65,8 @@ class MemoryDataset(ImageDataset):
             raise DataError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
         if len(images) != len(labels):
             raise DataError(f"{len(images)} images but {len(labels)} labels")
-        super().__init__(labels, classes, tuple(images.shape[1:]))
+        _, channels, height, width = images.shape
+        super().__init__(labels, classes, (channels, height, width))
         self.images, self.files = images, files
 
     def picture(self, index: int):

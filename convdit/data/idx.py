@@ -42,12 +42,12 @@ def find_idx(folder: Path) -> dict[str, tuple[Path, Path]]:
     """The pairs (images, labels) of a folder, by split; {} where it holds none."""
     found = {}
     for split, prefix in _SPLITS.items():
-        pair = [_one(folder, f"{prefix}-{kind}") for kind in ("images", "labels")]
-        if pair[0] and pair[1]:
-            found[split] = (pair[0], pair[1])
-        elif pair[0] or pair[1]:
-            missing = "labels" if pair[0] else "images"
-            raise DataError(f"{folder}: no file {prefix}-{missing}-idx*-ubyte[.gz] beside {(pair[0] or pair[1]).name}")
+        images, labels = (_one(folder, f"{prefix}-{kind}") for kind in ("images", "labels"))
+        if images and labels:
+            found[split] = (images, labels)
+        elif there := images or labels:
+            missing = "labels" if images else "images"
+            raise DataError(f"{folder}: no file {prefix}-{missing}-idx*-ubyte[.gz] beside {there.name}")
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .pixels import Fit, fit_array, published_crop_ratio, to_channels_first
 EMBEDDED = {"mnist5k": embedded.mnist5k, "digits": embedded.digits}
 _EMBEDDED_SIZE = {"mnist5k": 32, "digits": 16}
 _PICTURE_SIZE = 224
+_Kept = TypeVar("_Kept", MemoryDataset, LazyDataset)
 _MEMORY_LIMIT = 2**30  # pictures of up to this many bytes are read, and so checked, before training starts
 
 
@@ -55,29 +57,29 @@ def load(
     if crop_ratio is not None and not 0 < crop_ratio <= 1:
         raise DataError(f"crop_ratio: expected 0 < crop_ratio <= 1, got {crop_ratio}")
     if str(data) in EMBEDDED:
-        images, labels, classes = EMBEDDED[str(data)]()
+        images, labels, names = EMBEDDED[str(data)]()
         size = image_size or _EMBEDDED_SIZE[str(data)]
-        return _split({"all": _memory(images, labels, list(classes), size, channels, str(data))}, str(data))
+        whole = _memory(images, labels, list(names), size, channels, str(data))
+        return Splits(*_split({"all": whole}, str(data)))
     path = Path(data)
     if not path.exists():
         raise DataError(f"{data}: no such file or folder, and not one of {', '.join(EMBEDDED)}")
     if path.is_file():
         if path.suffix != ".npz":
             raise DataError(f"{path}: expected a folder or an .npz file")
-        return _split(_arrays(arrays.read_npz(path), image_size, channels, path), str(path))
+        return Splits(*_split(_arrays(arrays.read_npz(path), image_size, channels, path), str(path)))
     pairs = idx.find_idx(path)
     if pairs:
         read = {split: idx.read_pair(*pair) for split, pair in pairs.items()}
         if "train" not in read:
             raise DataError(f"{path}: no training images (train-images-idx3-ubyte[.gz])")
-        return _split(_arrays(read, image_size, channels, path), str(path))
+        return Splits(*_split(_arrays(read, image_size, channels, path), str(path)))
     fit = Fit(image_size or _PICTURE_SIZE, channels or 3)
     if huggingface.is_saved_dataset(path):
-        found: dict[str, ImageDataset] = dict(huggingface.open_saved(path, fit))
+        found = huggingface.open_saved(path, fit)
     else:
-        places = folder.find_splits(path)
         found, classes = {}, None
-        for split, place in places.items():
+        for split, place in folder.find_splits(path).items():
             found[split] = folder.open_folder(place, fit, classes)
             classes = found[split].classes
     train, test = _split(found, str(path))
@@ -99,7 +101,7 @@ def _memory(images, labels, classes, image_size, channels, source) -> MemoryData
     return MemoryDataset(tensor, torch.from_numpy(labels.astype(np.int64)), classes)
 
 
-def _arrays(read: dict, image_size: int | None, channels: int | None, path: Path) -> dict[str, ImageDataset]:
+def _arrays(read: dict, image_size: int | None, channels: int | None, path: Path) -> dict[str, MemoryDataset]:
     count = max((int(labels.max()) + 1 for _, labels in read.values() if len(labels)), default=0)
     classes = [str(i) for i in range(count)]
     return {
@@ -108,7 +110,7 @@ def _arrays(read: dict, image_size: int | None, channels: int | None, path: Path
     }
 
 
-def _split(found: dict[str, ImageDataset], source: str) -> Splits:
+def _split(found: Mapping[str, _Kept], source: str) -> tuple[_Kept, _Kept]:
     whole = found["all"] if "all" in found else found["train"]
     if len(whole) == 0:
         raise DataError(f"{source}: no images")
@@ -117,9 +119,9 @@ def _split(found: dict[str, ImageDataset], source: str) -> Splits:
             raise DataError(
                 f"{source}: test images have shape {found['test'].image_shape}, training images {whole.image_shape}"
             )
-        return Splits(whole, found["test"])
+        return whole, found["test"]
     try:
         train, test = stratified_split(whole.labels)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
-    return Splits(whole.subset(train), whole.subset(test))
+    return whole.subset(train), whole.subset(test)

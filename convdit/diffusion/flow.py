@@ -6,6 +6,7 @@ model learns their velocity, data - noise; a sampler follows it from noise to da
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,45 +80,51 @@ class RectifiedFlow:
         self,
         model: Callable[..., Tensor],
         shape: tuple[int, ...],
-        sampler: str | object = "euler",
+        sampler: str | Any = "euler",
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
         device: torch.device | str | None = None,
+        cache_modulation: bool = False,
         **model_kwargs,
     ) -> Tensor:
         """Samples (N, C, ...) of the given shape, from noise (drawn unless given).
 
         `sampler` is "euler", one model call a step; "heun", of second order, two calls; or a
-        flow-matching scheduler object of the diffusers library. Guidance, device and generator are
-        as for `GaussianDiffusion.sample`.
+        flow-matching scheduler object of the diffusers library. Guidance, device, generator and
+        `cache_modulation` are as for `GaussianDiffusion.sample`.
         """
         if sampler not in ("euler", "heun") and not hasattr(sampler, "set_timesteps"):
             raise ValueError(f'sampler: expected "euler", "heun" or a diffusers scheduler, got {sampler!r}')
-        follow = partial(self.velocity, model, **model_kwargs)
-        if sampler not in ("euler", "heun"):
-            return self._scheduled(follow, shape, sampler, model, noise, generator, progress, device)
+        follow: Callable[[Tensor, Tensor], Tensor] = partial(self.velocity, model, **model_kwargs)
+        cached = partial(samplers.caching, cache_modulation, model, model_kwargs=model_kwargs)
         x = samplers.starting_noise(model, shape, noise, generator, device)
+        if not isinstance(sampler, str):
+            whole = _check_scheduler(sampler)
+
+            def predict(x: Tensor, t: Tensor) -> Tensor:  # their time runs from data to noise
+                return -follow(x, 1 - t.float() / whole)
+
+            sampler.set_timesteps(self.steps, device=x.device)
+            with cached(timesteps=1 - sampler.timesteps.float() / whole):
+                return samplers.scheduled(predict, x, sampler, 0.0, generator, progress)
         times = self.timesteps
-        for index in samplers.shown(range(self.steps), self.steps, progress):
-            span = times[index + 1] - times[index]
-            slope = follow(x, _at(x, times[index]))
-            if sampler == "heun":
-                slope = (slope + follow(x + span * slope, _at(x, times[index + 1]))) / 2
-            x = x + span * slope
+        with cached(timesteps=times):
+            for index in samplers.shown(range(self.steps), self.steps, progress):
+                span = times[index + 1] - times[index]
+                slope = follow(x, _at(x, times[index]))
+                if sampler == "heun":
+                    slope = (slope + follow(x + span * slope, _at(x, times[index + 1]))) / 2
+                x = x + span * slope
         return x
 
-    def _scheduled(self, follow, shape, scheduler, model, noise, generator, progress, device) -> Tensor:
-        name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", None)
-        if kind != "flow_prediction" and not name.startswith("FlowMatch"):
-            raise ValueError(f"sampler: expected a flow-matching scheduler, got {name} with prediction_type {kind!r}")
-        whole = scheduler.config.num_train_timesteps
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:  # their time runs from data to noise
-            return -follow(x, (1 - t.float() / whole))
-
-        x = samplers.starting_noise(model, shape, noise, generator, device)
-        return samplers.scheduled(self.steps, predict, x, scheduler, 0.0, generator, progress)
+def _check_scheduler(scheduler: Any) -> int:
+    """Of a flow-matching scheduler of the diffusers library, the timestep of pure noise; raises for another."""
+    name, kind = type(scheduler).__name__, getattr(scheduler.config, "prediction_type", None)
+    if kind != "flow_prediction" and not name.startswith("FlowMatch"):
+        raise ValueError(f"sampler: expected a flow-matching scheduler, got {name} with prediction_type {kind!r}")
+    return scheduler.config.num_train_timesteps
 
 
 def _at(x: Tensor, time: float) -> Tensor:

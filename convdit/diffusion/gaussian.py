@@ -1,7 +1,9 @@
 """The diffusion process that DiT is trained for: noise prediction, with a learned variance."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +113,10 @@ class GaussianDiffusion:
                 f"learn_sigma={self.learn_sigma}, got {tuple(out.shape)}"
             )
         out = out.to(x.dtype)
-        return tuple(out.chunk(2, dim=1)) if self.learn_sigma else (out, None)
+        if not self.learn_sigma:
+            return out, None
+        noise, sigma = out.chunk(2, dim=1)
+        return noise, sigma
 
     def training_losses(
         self,
@@ -165,13 +170,14 @@ class GaussianDiffusion:
         self,
         model: Callable[..., Tensor],
         shape: tuple[int, ...],
-        sampler: str | object = "ddpm",
+        sampler: str | Any = "ddpm",
         eta: float = 0.0,
         clip_denoised: bool = False,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
         device: torch.device | str | None = None,
+        cache_modulation: bool = False,
         **model_kwargs,
     ) -> Tensor:
         """Samples (N, C, ...) of the given shape, from noise (drawn unless given).
@@ -181,7 +187,8 @@ class GaussianDiffusion:
         each step's estimate of x0 in -1..1 (for pixels, not latents). For guidance pass
         `model.forward_with_cfg` and `cfg_scale`. The device is that of the noise, else `device`,
         else that of the model's parameters. The same generator state gives the same bits. Put the
-        model in eval mode first, or it may drop labels.
+        model in eval mode first, or it may drop labels. `cache_modulation`, for a DiT of the adaLN
+        designs, makes the modulation of all steps beforehand (`DiT.cache_modulation`).
         """
         if sampler not in ("ddpm", "ddim") and not hasattr(sampler, "set_timesteps"):
             raise ValueError(f'sampler: expected "ddpm", "ddim" or a diffusers scheduler, got {sampler!r}')
@@ -194,23 +201,29 @@ class GaussianDiffusion:
         def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             return self.predict(model, x, t, **model_kwargs)
 
-        if sampler == "ddpm":
-            return samplers.ddpm(self, denoise, x, clip_denoised, generator, progress)
-        if sampler == "ddim":
-            return samplers.ddim(self, denoise, x, eta, clip_denoised, generator, progress)
+        def cached(timesteps: Sequence[float] | Tensor) -> AbstractContextManager:
+            return samplers.caching(cache_modulation, model, timesteps, model_kwargs)
+
+        if isinstance(sampler, str):
+            with cached(self.timesteps):
+                if sampler == "ddpm":
+                    return samplers.ddpm(self, denoise, x, clip_denoised, generator, progress)
+                return samplers.ddim(self, denoise, x, eta, clip_denoised, generator, progress)
         if clip_denoised:
             raise ValueError(
                 "clip_denoised: expected False for a diffusers scheduler, which is told so when it is made, got True"
             )
         samplers.check_scheduler(self, sampler)
-        variance_too = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
+        variance_too = getattr(sampler.config, "variance_type", "") in ("learned", "learned_range")
 
         def predict(x: Tensor, t: Tensor) -> Tensor:  # t are original timesteps, of the scheduler's choice
             out = model(x, t, **model_kwargs)
             noise, _ = self.split(out, x)
             return out.to(x.dtype) if variance_too else noise
 
-        return samplers.scheduled(self.num_timesteps, predict, x, sampler, eta, generator, progress)
+        sampler.set_timesteps(self.num_timesteps, device=x.device)
+        with cached(sampler.timesteps):
+            return samplers.scheduled(predict, x, sampler, eta, generator, progress)
 
     @torch.no_grad()
     def invert(

@@ -5,8 +5,9 @@ t (N,) and returns the noise in x and the place of the variance, or None.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -81,7 +82,6 @@ def ddim_inverse(d: "GaussianDiffusion", denoise: Denoise, x: Tensor, refinement
 
 
 def scheduled(
-    steps: int,
     predict: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     scheduler,
@@ -89,7 +89,7 @@ def scheduled(
     generator: torch.Generator | None,
     progress: bool,
 ) -> Tensor:
-    """Sampling by a scheduler of the diffusers library, over `steps` steps.
+    """Sampling by a scheduler of the diffusers library, whose timesteps are set.
 
     `predict(x, t)` gives what the scheduler steps by, at timesteps t (N,) of its own choice.
     """
@@ -98,7 +98,6 @@ def scheduled(
     options = {name: value for name, value in options.items() if name in accepted}
     if eta and "eta" not in options:
         raise ValueError(f"eta: expected 0 for {type(scheduler).__name__}, which has none, got {eta}")
-    scheduler.set_timesteps(steps, device=x.device)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in shown(scheduler.timesteps, len(scheduler.timesteps), progress):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -139,10 +138,33 @@ def starting_noise(
             raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
         return full_precision(noise)
     if device is None:
-        module = getattr(model, "__self__", model)  # a bound method, such as forward_with_cfg
+        module = _owner(model)
         parameters = module.parameters() if isinstance(module, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
     return _draw(shape, torch.get_default_dtype(), torch.device(device), generator)
+
+
+def caching(
+    wanted: bool, model: Callable, timesteps: Sequence[float] | Tensor, model_kwargs: dict[str, Any]
+) -> AbstractContextManager:
+    """Where it is wanted, a context in which the model reads its modulation from a table made on entry.
+
+    `model` is a DiT or a method of one, `timesteps` are those it will be called with.
+    """
+    if not wanted:
+        return nullcontext()
+    owner = _owner(model)
+    if not hasattr(owner, "cache_modulation"):
+        raise TypeError(
+            f"cache_modulation: expected a model that has it, such as models.DiT, got {type(owner).__name__}"
+        )
+    guided = getattr(model, "__name__", None) == "forward_with_cfg"
+    return owner.cache_modulation(timesteps, model_kwargs.get("y"), guidance=guided)
+
+
+def _owner(model: Callable) -> Any:
+    """The module whose method, such as forward_with_cfg, the model is; else the model itself."""
+    return getattr(model, "__self__", model)
 
 
 def full_precision(x: Tensor) -> Tensor:

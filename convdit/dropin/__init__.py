@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class Entry:
     Attributes:
         name: in the model, as `named_modules` gives it.
         layer: its class.
-        note: what computes it now, or why it was left.
+        note: what computes it now and on which inputs (on others its own forward does), or why it was left.
     """
 
     name: str
@@ -95,20 +96,22 @@ def _visit(module: nn.Module, name: str, report: Report, devices: tuple[str, ...
         report.swapped.append(Entry(name, type(module).__name__, "was swapped before"))
         return
     rule = next((rule for rule in RULES if rule.knows(module)), None)
-    layer, why = type(module).__name__, "no operator for it"
+    original: type = type(module)
+    layer = original.__name__
     if rule is not None:
         why = rule.refuses(module) or ("it has a forward of its own" if "forward" in module.__dict__ else None)
         if why is None:
-            key = (type(module), rule.name)
+            key = (original, rule.name)
             if key not in judged:
                 judged[key] = difference(rule, module)
             why = judged[key]
         if why is None:
-            module.__class__ = subclass(type(module), rule.name, devices)
-            report.swapped.append(Entry(name, layer, rule.becomes))
+            module.__class__ = subclass(original, rule.name, devices)
+            report.swapped.append(Entry(name, layer, f"{rule.becomes}, {rule.when}"))
             return
-    if rule is not None or next(module.parameters(recurse=False), None) is not None:
         report.kept.append(Entry(name, layer, why))
+    elif next(module.parameters(recurse=False), None) is not None:
+        report.kept.append(Entry(name, layer, "no operator for it"))
     for child_name, child in module.named_children():
         _visit(child, f"{name}.{child_name}" if name else child_name, report, devices, judged)
 
@@ -122,7 +125,7 @@ def restore(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {kind(model)}")
-    swapped = {name: part for name, part in model.named_modules() if isinstance(part, Swapped)}
+    swapped: dict[str, Any] = {name: part for name, part in model.named_modules() if isinstance(part, Swapped)}
     for name, part in swapped.items():
         if "convdit_original" not in type(part).__dict__:
             raise RuntimeError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convdit import ops
 
 from .layers import depthwise, wants_gradient
-from .swap import Rule, defined_by, touched
+from .swap import Foreign, Rule, defined_by, touched
 
 
 class Names(NamedTuple):
@@ -47,7 +47,7 @@ _GELUS = ("GELU", "GELUActivation")
 _PATHS = ("DropPath", "ConvNextDropPath", "ConvNextV2DropPath", "Identity", "StochasticDepth")
 
 
-def _names(block: nn.Module) -> Names | None:
+def _known(block: Foreign) -> Names | None:
     known = BLOCKS.get(defined_by(block))
     if known is None and defined_by(block)[1] == "Block":  # of facebookresearch/ConvNeXt(-V2), wherever that was put
         version_2 = isinstance(block._modules.get("grn"), nn.Module)
@@ -59,27 +59,33 @@ def _names(block: nn.Module) -> Names | None:
     return known
 
 
-def _get(block: nn.Module, path: str) -> nn.Module | None:
+def _names(block: Foreign) -> Names:
+    names = _known(block)
+    assert names is not None  # for the rule knows it
+    return names
+
+
+def _get(block: Foreign, path: str) -> Foreign:
     part = block
     for name in path.split(".") if path else ():
         part = part._modules[name]
     return part if path else None
 
 
-def _scale(block: nn.Module) -> Tensor | None:
+def _scale(block: Foreign) -> Tensor | None:
     """Layer scale, of version 1."""
     scale = block._parameters.get("gamma")
     return block._parameters.get("layer_scale_parameter") if scale is None else scale
 
 
-def _grn_parameters(grn: nn.Module) -> tuple[Tensor, Tensor]:
+def _grn_parameters(grn: Foreign) -> tuple[Tensor, Tensor]:
     weight = grn._parameters.get("weight")
     if weight is None:
         return grn.gamma, grn.beta
     return weight, grn.bias
 
 
-def _refuses(block: nn.Module) -> str | None:
+def _refuses(block: Foreign) -> str | None:
     names = _names(block)
     conv, norm, act, grn = (_get(block, n) for n in (names.conv, names.norm, names.act, names.grn))
     linears = [_get(block, n) for n in (names.fc1, names.fc2)]
@@ -106,7 +112,7 @@ def _refuses(block: nn.Module) -> str | None:
     return touched(block, *(n for n in passed if n))
 
 
-def _gains(block: nn.Module, x: Tensor) -> bool:
+def _gains(block: Foreign, x: Tensor) -> bool:
     """As measured on a Zen 4, one thread, against eager timm on channels-last maps (8 to 768 channels, 2x2 to 56x56, 1
     and 8 images): version 2 gains 1.14 to 3.6 everywhere; version 1, nearly all matrix products, 1.02 to 1.9
     with gradients and 1.01 to 1.23 without in float32, but 0.96 to 1.16 without in bfloat16.
@@ -118,7 +124,7 @@ def _gains(block: nn.Module, x: Tensor) -> bool:
     return bool(names.grn) or x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and wants_gradient(x, weight))
 
 
-def _compute(block: nn.Module, x: Tensor) -> Tensor:
+def _compute(block: Foreign, x: Tensor) -> Tensor:
     names = _names(block)
     conv, norm, grn = (_get(block, n) for n in (names.conv, names.norm, names.grn))
     (weight1, bias1), (weight2, bias2) = (
@@ -174,7 +180,7 @@ def _mlp_in_pieces(
     return out
 
 
-def _example(block: nn.Module) -> tuple[tuple, dict]:
+def _example(block: Foreign) -> tuple[tuple, dict]:
     conv = _get(block, _names(block).conv)
     generator = torch.Generator().manual_seed(1)
     return (torch.randn(2, conv.in_channels, 5, 6, generator=generator, dtype=torch.float64),), {}
@@ -184,7 +190,8 @@ RULES = (
     Rule(
         "convnext_block",
         "convdit.ops.convnext_block (V2), or depthwise_conv2d_layer_norm and linear layers (V1)",
-        lambda module: _names(module) is not None,
+        "on all maps in float32, in bfloat16 (V1: with gradients) and in float16 (V2)",
+        lambda module: _known(module) is not None,
         _refuses,
         _gains,
         _compute,

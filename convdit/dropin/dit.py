@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convdit import ops
 
 from . import products
-from .swap import Rule, defined_by, touched, watched
+from .swap import Foreign, Rule, defined_by, touched, watched
 
 _OFFICIAL = {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"}
 _FINAL = {"norm_final", "linear", "adaLN_modulation"}
@@ -21,7 +21,7 @@ _DIFFUSERS = ("diffusers.models.attention", "BasicTransformerBlock")
 _ADALN = ("diffusers.models.normalization", "AdaLayerNormZero")
 
 
-def plain_norm(norm: nn.Module) -> str | None:
+def plain_norm(norm: Foreign) -> str | None:
     """Why a module is not a LayerNorm without parameters over the last axis."""
     if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1:
         return f"its norm is {type(norm).__name__}"
@@ -37,22 +37,22 @@ def _tokens(x: Tensor, like: nn.Linear) -> bool:
 # ---- facebookresearch/DiT and SiT ----------------------------------------------------------------
 
 
-def _is_official(module: nn.Module) -> bool:
+def _is_official(module: Foreign) -> bool:
     return defined_by(module)[1] in ("DiTBlock", "SiTBlock") and set(module._modules) == _OFFICIAL
 
 
-def _refuses_official(block: nn.Module) -> str | None:
+def _refuses_official(block: Foreign) -> str | None:
     return plain_norm(block.norm1) or plain_norm(block.norm2) or touched(block, "norm1", "norm2")
 
 
-def _official(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+def _official(block: Foreign, x: Tensor, c: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
     y = block.attn(ops.layer_norm_modulate(x, shift1, scale1, block.norm1.eps))
     x, y = ops.gated_residual_layer_norm_modulate(x, y, gate1, shift2, scale2, block.norm2.eps)
     return ops.gated_residual(x, _mlp(block.mlp, y), gate2)
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+def _mlp(mlp: Foreign, x: Tensor) -> Tensor:
     """mlp(x), of timm's Mlp."""
     known = defined_by(mlp) == ("timm.layers.mlp", "Mlp") and products.usable(x) and _gelu_tanh(mlp.act)
     idle = known and not (mlp.drop1.p or mlp.drop2.p) and type(mlp.norm) is nn.Identity
@@ -61,39 +61,39 @@ def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return products.mlp(x, mlp.fc1, mlp.fc2)
 
 
-def _gelu_tanh(act: nn.Module) -> bool:
+def _gelu_tanh(act: Foreign) -> bool:
     return type(act) is nn.GELU and act.approximate == "tanh"
 
 
-def _official_example(block: nn.Module) -> tuple[tuple, dict]:
+def _official_example(block: Foreign) -> tuple[tuple, dict]:
     return _random((2, 5, block.norm1.normalized_shape[0]), (2, block.norm1.normalized_shape[0])), {}
 
 
-def _is_final(module: nn.Module) -> bool:
+def _is_final(module: Foreign) -> bool:
     return defined_by(module)[1] == "FinalLayer" and set(module._modules) == _FINAL
 
 
-def _refuses_final(layer: nn.Module) -> str | None:
+def _refuses_final(layer: Foreign) -> str | None:
     return plain_norm(layer.norm_final) or touched(layer, "norm_final")
 
 
-def _final(layer: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+def _final(layer: Foreign, x: Tensor, c: Tensor) -> Tensor:
     shift, scale = layer.adaLN_modulation(c).chunk(2, dim=1)
     return layer.linear(ops.layer_norm_modulate(x, shift, scale, layer.norm_final.eps))
 
 
-def _final_example(layer: nn.Module) -> tuple[tuple, dict]:
+def _final_example(layer: Foreign) -> tuple[tuple, dict]:
     return _random((2, 5, layer.norm_final.normalized_shape[0]), (2, layer.norm_final.normalized_shape[0])), {}
 
 
 # ---- diffusers -----------------------------------------------------------------------------------
 
 
-def _is_diffusers(module: nn.Module) -> bool:
+def _is_diffusers(module: Foreign) -> bool:
     return defined_by(module) == _DIFFUSERS and module.norm_type == "ada_norm_zero"
 
 
-def _refuses_diffusers(block: nn.Module) -> str | None:
+def _refuses_diffusers(block: Foreign) -> str | None:
     if block.attn2 is not None or block.pos_embed is not None or "fuser" in block._modules:
         return "it has cross-attention, a position embedding or a fuser"
     if block._chunk_size is not None:
@@ -105,7 +105,7 @@ def _refuses_diffusers(block: nn.Module) -> str | None:
 
 
 def _diffusers(
-    block: nn.Module,
+    block: Foreign,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
@@ -129,7 +129,7 @@ def _diffusers(
     return ops.gated_residual(x, _feed_forward(block.ff, y), gate2)
 
 
-def _attends_plainly(attn: nn.Module, x: Tensor) -> bool:
+def _attends_plainly(attn: Foreign, x: Tensor) -> bool:
     if not products.usable(x) or type(attn.processor).__name__ != "AttnProcessor2_0" or attn.to_out is None:
         return False
     others = (attn.group_norm, attn.spatial_norm, attn.norm_q, attn.norm_k)
@@ -139,13 +139,13 @@ def _attends_plainly(attn: nn.Module, x: Tensor) -> bool:
     return all(map(products.plain, linears)) and not attn.to_out[1].p and not watched(attn)
 
 
-def _attend(attn: nn.Module, x: Tensor) -> Tensor:
+def _attend(attn: Foreign, x: Tensor) -> Tensor:
     heads = (products.linear(x, layer) for layer in (attn.to_q, attn.to_k, attn.to_v))
     q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in heads)
     return products.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), attn.to_out[0])
 
 
-def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+def _feed_forward(ff: Foreign, x: Tensor) -> Tensor:
     """ff(x), of diffusers' FeedForward."""
     known = products.usable(x) and len(ff.net) == 3 and type(ff.net[0]).__name__ == "GELU" and not ff.net[1].p
     if known and ff.net[0].approximate == "tanh" and products.plain(ff.net[0].proj) and products.plain(ff.net[2]):
@@ -154,12 +154,12 @@ def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     return ff(x)
 
 
-def _diffusers_example(block: nn.Module) -> tuple[tuple, dict]:
+def _diffusers_example(block: Foreign) -> tuple[tuple, dict]:
     conditions = {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([0, 0])}
     return _random((2, 5, block.dim)), conditions
 
 
-def _refuses_adaln(layer: nn.Module) -> str | None:
+def _refuses_adaln(layer: Foreign) -> str | None:
     return plain_norm(layer.norm) or touched(layer, "norm")
 
 
@@ -170,7 +170,7 @@ def _adaln(layer, x, timestep=None, class_labels=None, hidden_dtype=None, emb=No
     return ops.layer_norm_modulate(x, shift, scale, layer.norm.eps), *rest
 
 
-def _adaln_example(layer: nn.Module) -> tuple[tuple, dict]:
+def _adaln_example(layer: Foreign) -> tuple[tuple, dict]:
     x, emb = _random((2, 5, layer.linear.in_features), (2, layer.linear.in_features))
     if layer.emb is None:
         return (x,), {"emb": emb}
@@ -184,13 +184,15 @@ def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 _FUSED = "convdit.ops.layer_norm_modulate, gated_residual_layer_norm_modulate and gated_residual"
+_WHEN = "on tokens (B, T, D) in the dtype of the weights"
 RULES = (
-    Rule("dit_block", _FUSED, _is_official, _refuses_official,
+    Rule("dit_block", _FUSED, _WHEN, _is_official, _refuses_official,
          lambda block, x: _tokens(x, block.adaLN_modulation[-1]), _official, _official_example),
-    Rule("dit_final", "convdit.ops.layer_norm_modulate", _is_final, _refuses_final,
+    Rule("dit_final", "convdit.ops.layer_norm_modulate", _WHEN, _is_final, _refuses_final,
          lambda layer, x: _tokens(x, layer.linear), _final, _final_example),
-    Rule("diffusers_block", _FUSED, _is_diffusers, _refuses_diffusers,
+    Rule("diffusers_block", _FUSED, _WHEN, _is_diffusers, _refuses_diffusers,
          lambda block, x: _tokens(x, block.norm1.linear), _diffusers, _diffusers_example),
-    Rule("diffusers_adaln", "convdit.ops.layer_norm_modulate", lambda m: defined_by(m) == _ADALN, _refuses_adaln,
+    Rule("diffusers_adaln", "convdit.ops.layer_norm_modulate", _WHEN,
+         lambda m: defined_by(m) == _ADALN, _refuses_adaln,
          lambda layer, x: _tokens(x, layer.linear), _adaln, _adaln_example),
 )  # fmt: skip

@@ -48,6 +48,7 @@ def _make(name: str) -> object:
     path, _, function = name.rpartition(":")
     if path.endswith(".py") and Path(path).is_file():
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None and spec.loader is not None  # of a file that is there, ending in .py
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if not hasattr(module, function):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .swap import Foreign
+
 WIDEST = 768  # of tokens: beyond, oneDNN's order of summation leaves more than twice the error
 
 
@@ -22,7 +24,7 @@ def usable(x: Tensor) -> bool:
     return x.numel() > 0 and x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] <= WIDEST
 
 
-def plain(layer: nn.Module) -> bool:
+def plain(layer: Foreign) -> bool:
     return type(layer) is nn.Linear and layer.bias is not None
 
 

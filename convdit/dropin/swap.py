@@ -11,11 +11,13 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+Foreign: TypeAlias = Any  # a module of another library: nn.Module declares none of the attributes that ours go by
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the operators' float64 is for checks, and not fast
 
 
@@ -26,6 +28,7 @@ class Rule:
     Attributes:
         name: of the rule, in pickles.
         becomes: what computes the layer, for the report.
+        when: on which inputs, as `gains` decides at each call, for the report.
         knows: whether a module is of this kind.
         refuses: why a module of this kind is left alone, or None. Asked again at each call, so that a hook or another
             layer put inside later is not passed over.
@@ -36,11 +39,12 @@ class Rule:
 
     name: str
     becomes: str
-    knows: Callable[[nn.Module], bool]
-    refuses: Callable[[nn.Module], str | None]
-    gains: Callable[[nn.Module, Tensor], bool]
+    when: str
+    knows: Callable[[Foreign], bool]
+    refuses: Callable[[Foreign], str | None]
+    gains: Callable[[Foreign, Tensor], bool]
     compute: Callable[..., object]
-    example: Callable[[nn.Module], tuple[tuple, dict]]
+    example: Callable[[Foreign], tuple[tuple, dict]]
 
 
 _RULES: dict[str, Rule] = {}
@@ -54,8 +58,9 @@ class Swapped:
     convdit_rule: str
     convdit_devices: tuple[str, ...]
 
-    def __reduce_ex__(self, protocol: int):
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        _, _, *state = reduced
         return _empty, (self.convdit_original, self.convdit_rule, self.convdit_devices), *state
 
 
@@ -65,7 +70,7 @@ def register(*rules: Rule) -> tuple[Rule, ...]:
 
 
 @functools.cache
-def subclass(original: type, rule_name: str, devices: tuple[str, ...]) -> type:
+def subclass(original: type[Any], rule_name: str, devices: tuple[str, ...]) -> type:
     """The class that modules of class `original` get."""
     rule, slow = _RULES[rule_name], original.forward
 
@@ -88,7 +93,7 @@ def subclass(original: type, rule_name: str, devices: tuple[str, ...]) -> type:
 
 
 def _empty(original: type, rule_name: str, devices: tuple[str, ...]) -> nn.Module:
-    cls = subclass(original, rule_name, devices)
+    cls: Any = subclass(original, rule_name, devices)
     return cls.__new__(cls)
 
 
@@ -124,7 +129,7 @@ def _twin(module: nn.Module) -> nn.Module:
 def touched(module: nn.Module, *inner: str) -> str | None:
     """Why layers inside a module may not be passed over: a hook, or a forward of their own."""
     for path in inner:
-        part = module
+        part: Foreign = module
         for name in path.split("."):
             part = part._modules[name]
         if any(getattr(part, hooks) for hooks in _HOOKS):

@@ -1,5 +1,7 @@
 """Whole models: ConvNeXt V1 and V2, their masked autoencoder FCMAE, and DiT."""
 
+import builtins
+
 from .convnext import VARIANTS, ConvNeXt, create
 from .dit import (
     DiT,
@@ -40,6 +42,6 @@ __all__ = [
 ]
 
 
-def list() -> list[str]:
+def list() -> builtins.list[str]:
     """The names that `create` knows."""
     return [*VARIANTS]

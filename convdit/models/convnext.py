@@ -99,7 +99,7 @@ class ConvNeXt(nn.Module):
         check_whole("num_classes", num_classes, 0)
         check_whole("stem_stride", stem_stride, 1)
         check_rate("drop_path_rate", drop_path_rate)
-        if isinstance(attention_stages, int) and not isinstance(attention_stages, bool):
+        if isinstance(attention_stages, int):
             check_whole("attention_stages", attention_stages, 0)
             attention_stages = range(max(len(dims) - attention_stages, 0), len(dims))
         if not features_only and (out_norms or out_indices is not None):
@@ -143,14 +143,15 @@ class ConvNeXt(nn.Module):
             raise ValueError("reset_classifier: a model made with features_only=True has no head")
         check_whole("num_classes", num_classes, 0)
         self.num_classes = num_classes
-        self.head = nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if num_classes > 0:
             like = self.norm.weight
-            self.head = nn.Linear(self.dims[-1], num_classes, device=like.device, dtype=like.dtype)
-            init_weights(self.head)
+            head = nn.Linear(self.dims[-1], num_classes, device=like.device, dtype=like.dtype)
+            init_weights(head)
             with torch.no_grad():
-                self.head.weight.mul_(self.head_init_scale)
-                self.head.bias.mul_(self.head_init_scale)
+                head.weight.mul_(self.head_init_scale)
+                head.bias.mul_(self.head_init_scale)
+            self.head = head
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, c, H, W) images to (N, num_classes) logits.

@@ -3,12 +3,13 @@
 Parameter names, initialisation and output are those of facebookresearch/DiT. What is wider here:
 latents of any height, width and channel count, any number of classes or none, text in their place,
 all four designs of the paper, guidance over all channels or at some timesteps only, the constants of
-diffusers, and a cache of the modulation for samplers.
+diffusers, and a cache of the modulation for samplers. Over 400 lines by the twelve sizes at the end.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,9 @@ class DiT(nn.Module):
     "diffusers" computes as DiTTransformer2DModel does by default, for weights trained there.
     An untrained model returns exactly zero.
     """
+
+    pos_embed: Tensor
+    y_embedder: LabelEmbedder | ContextEmbedder  # only where the model takes a condition
 
     def __init__(
         self,
@@ -136,20 +140,23 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.flatten(1))  # a view: fills the kernel itself
-        nn.init.zeros_(patch.bias)
-        if self.num_classes > 0:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.label_init_std)
-        elif self.context_dim is not None and self.class_dropout_prob > 0:
-            nn.init.normal_(self.y_embedder.null, std=self.label_init_std)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        if patch.bias is not None:
+            nn.init.zeros_(patch.bias)
+        embedder = getattr(self, "y_embedder", None)
+        if isinstance(embedder, LabelEmbedder):
+            nn.init.normal_(embedder.embedding_table.weight, std=self.label_init_std)
+        elif isinstance(embedder, ContextEmbedder) and self.class_dropout_prob > 0:
+            nn.init.normal_(embedder.null, std=self.label_init_std)
+        for i in (0, 2):
+            nn.init.normal_(cast(nn.Linear, self.t_embedder.mlp[i]).weight, std=0.02)
         if MODULATION_ROWS[self.conditioning]:
             for block in self.blocks:
-                block.zero_modulation()
-            nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+                cast(DiTBlock, block).zero_modulation()
+            nn.init.zeros_(cast(nn.Linear, self.final_layer.adaLN_modulation[1]).weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed.copy_(sincos_position_table(self.hidden_size, self.grid))
 
@@ -187,6 +194,7 @@ class DiT(nn.Module):
             for block, modulation in zip(self.blocks, rows, strict=True):
                 stream = block(stream, modulation=modulation)
             return self.unpatchify(self.final_layer(stream, modulation=last))
+        c: Tensor | None
         c, mask = self.condition(t, y, y_mask, with_null)
         if self.conditioning == "in_context":
             stream = ResidualStream(torch.cat([stream.x, c], dim=1))
@@ -209,12 +217,14 @@ class DiT(nn.Module):
         condition of every sample: 2N in place of N.
         """
         time = self.t_embedder(t)
-        label = None
+        label: Tensor | None = None
         if self.context_dim is not None:
+            assert y is not None  # as check_inputs saw
             label, y_mask = self.y_embedder(y.to(self.pos_embed.dtype), y_mask)
         elif y is not None:
             label = y.to(self.pos_embed.dtype) if y.is_floating_point() else self.y_embedder(y)
         if with_null:
+            assert label is not None  # there is a null class
             time = torch.cat([time, time])
             label, y_mask = self._and_null(label, y_mask)
         if MODULATION_ROWS[self.conditioning]:
@@ -276,10 +286,11 @@ class DiT(nn.Module):
         out = self._denoise(x, t, y, y_mask, with_null=True)
         guided = self.in_channels if channels == "all" else min(3, self.in_channels)
         conditional, null = out[:, :guided].chunk(2)
+        scale: float | Tensor = cfg_scale
         if interval is not None:
             low, high = interval
-            cfg_scale = torch.where((t >= low) & (t <= high), cfg_scale, 1.0).to(out.dtype).view(-1, 1, 1, 1)
-        noise = null + cfg_scale * (conditional - null)
+            scale = torch.where((t >= low) & (t <= high), cfg_scale, 1.0).to(out.dtype).view(-1, 1, 1, 1)
+        noise = null + scale * (conditional - null)
         if doubled:
             return torch.cat([torch.cat([noise, noise]), out[:, guided:]], dim=1)
         return torch.cat([noise, out[: len(x), guided:]], dim=1)
@@ -324,7 +335,7 @@ class DiT(nn.Module):
         a wait for the GPU at every call. For sampling: no gradient reaches the embedders, no label
         is dropped. Equal to the uncached result to rounding. Gives a ModulationCache; its `.nbytes`
         is the memory it takes: timesteps * distinct labels (or embeddings) * (6 * depth + 2) *
-        hidden_size numbers.
+        hidden_size numbers. On entry the weights of all adaLN, a third of the model, are held twice.
         """
         before, self._cache = self._cache, ModulationCache(self, timesteps, y, guidance)
         try:

@@ -8,7 +8,7 @@ leaks into or out of a removed patch. `sparse=False` computes the same on zero-f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from convdit._checks import check_device, check_tensor, check_whole, kind, whole_numbers
 from convdit.nn.convnext_block import ConvNeXtBlock
 from convdit.nn.layers import DepthwiseConv2d, check_scope, hide
-from convdit.nn.resample import coarsen
+from convdit.nn.resample import Stem, coarsen
 from convdit.nn.stage import Stage, set_grad_checkpointing
 from convdit.sparse import ActiveSites, SparseTensor2d, random_patch_mask, visible_patches
 
@@ -170,7 +170,7 @@ class FCMAE(nn.Module):
             mean, deviation = _patch_statistics(patches)
             pred = pred * deviation + mean
         mixed = torch.where(mask.flatten(1)[..., None], pred.to(patches.dtype), patches)
-        return self.unpatchify(mixed, mask.shape[1:])
+        return self.unpatchify(mixed, (mask.shape[1], mask.shape[2]))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the blocks for the backward pass; see `convdit.nn.Stage`."""
@@ -203,7 +203,7 @@ class FCMAE(nn.Module):
         stem, *downsamples = self.encoder.downsample_layers
         first, *stages = self.encoder.stages
         if self.sparse:
-            x = first(stem.visible(images, sites))
+            x = first(cast(Stem, stem).visible(images, sites))
             for downsample, stage in zip(downsamples, stages, strict=True):
                 x = stage(downsample(x))
             return x
@@ -305,11 +305,13 @@ def _init_official(model: FCMAE) -> None:
         for layer in part.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d, DepthwiseConv2d)):
                 nn.init.trunc_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
     for layer in model.encoder.downsample_layers[1:].modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     for layer in model.decoder.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()

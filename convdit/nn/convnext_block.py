@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ class ConvNeXtBlock(nn.Module):
         if version not in (1, 2):
             raise ValueError(f"version: expected 1 or 2, got {version}")
         check_rate("drop_path", drop_path)
-        to = {"device": device, "dtype": dtype}
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.version = version
         self.drop_path = drop_path
         self.dwconv = DepthwiseConv2d(dim, kernel_size, **to)
@@ -58,9 +60,8 @@ class ConvNeXtBlock(nn.Module):
             self.grn = GlobalResponseNorm(4 * dim, scope=grn_scope, **to)
         self.pwconv2 = nn.Linear(4 * dim, dim, **to)
         if version == 1:
-            scaled = layer_scale_init_value > 0
-            gamma = torch.full((dim,), layer_scale_init_value, **to) if scaled else None
-            self.gamma = nn.Parameter(gamma) if scaled else None
+            gamma = torch.full((dim,), layer_scale_init_value, **to)
+            self.gamma = nn.Parameter(gamma) if layer_scale_init_value > 0 else None
 
     def forward(self, x: Map, visible: Tensor | None = None) -> Map:
         """Apply the block.
@@ -72,16 +73,16 @@ class ConvNeXtBlock(nn.Module):
         """
         sites = x.sites if isinstance(x, SparseTensor2d) else None
         dropping = self.training and self.drop_path > 0
-        if self.version == 2 and sites is None and visible is None and not dropping:
+        if self.version == 2 and not isinstance(x, SparseTensor2d) and visible is None and not dropping:
             return self._fused(x)
         y = self._activate(self.pwconv1(self._mix(x)), sites, visible)
         y = self.pwconv2(y)
         if self.version == 1 and self.gamma is not None:
             y = y * self.gamma
         y = drop_path(y, self.drop_path, self.training, sites)
-        if sites is None:
-            return x + hide(y, visible)
-        return x.replace(x.features + y)
+        if isinstance(x, SparseTensor2d):
+            return x.replace(x.features + y)
+        return x + hide(y, visible)
 
     def _mix(self, x: Map) -> Tensor:
         """Mix sites, normalise channels: the part before the pointwise layers."""

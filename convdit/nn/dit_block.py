@@ -5,7 +5,7 @@ Parameter names are those of facebookresearch/DiT: `attn.qkv`, `attn.proj`, `mlp
 `norm_cross` and `cross_attn.{q,k,v,proj}`.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class ResidualStream(NamedTuple):
 
     def norm_modulate(self, shift: Tensor, scale: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
         """`(total, LN(total) * (1 + scale) + shift)`: the start of the next branch."""
-        if self.gate is None:
+        if self.branch is None or self.gate is None:
             x = self.total()
             return x, ops.layer_norm_modulate(x, shift, scale, eps)
         return ops.gated_residual_layer_norm_modulate(self.x, self.branch, self.gate, shift, scale, eps)
@@ -146,8 +146,9 @@ class DiTBlock(nn.Module):
 
     def zero_modulation(self) -> None:
         """Sets the adaLN to predict zeros, whatever the condition."""
-        nn.init.zeros_(self.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.adaLN_modulation[1].bias)
+        linear = cast(nn.Linear, self.adaLN_modulation[1])
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
 
     def modulation(self, c: Tensor) -> Tensor:
         """What the block's adaLN predicts from c (B, D): (B, 6, D), or (B, 4, D) without gates.
@@ -173,18 +174,21 @@ class DiTBlock(nn.Module):
         stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
         self._check(stream.x, c, mask, modulation)
         if MODULATION_ROWS[self.conditioning]:
-            rows = self.modulation(c) if modulation is None else modulation
-            stream = self._modulated(stream, rows)
+            if modulation is None:
+                assert c is not None  # as checked above
+                modulation = self.modulation(c)
+            stream = self._modulated(stream, modulation)
         else:
             stream = self._plain(stream, c, mask)
         return stream if isinstance(x, ResidualStream) else stream.total()
 
     def _modulated(self, stream: ResidualStream, modulation: Tensor) -> ResidualStream:
+        gate1: Tensor | None = None
+        gate2: Tensor | None = None
         if self.conditioning == "adaln_zero":
             shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         else:
             shift1, scale1, shift2, scale2 = modulation.unbind(1)
-            gate1 = gate2 = None
         x, normed = stream.norm_modulate(shift1, scale1)
         x, normed = ResidualStream(x, self.attn(normed), gate1).norm_modulate(shift2, scale2, self.mlp_eps)
         return ResidualStream(x, self.mlp(normed), gate2)
@@ -210,7 +214,7 @@ class DiTBlock(nn.Module):
             _check_shape("c", c, (batch, None, width))
         if mask is None:
             return
-        if self.conditioning != "cross_attention":
+        if self.conditioning != "cross_attention" or c is None:
             raise ValueError(f"mask: expected None for conditioning {self.conditioning!r}, got a mask")
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:

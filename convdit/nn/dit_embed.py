@@ -5,6 +5,7 @@ and formulas are those of facebookresearch/DiT.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = self.features(t, self.frequency_size, shift=self.frequency_shift)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -157,5 +158,9 @@ class FinalLayer(nn.Module):
         """The stream (B, T, D) to (B, T, p*p*C), modulated by c (B, D) or by what it would give."""
         if not self.modulated:
             return self.linear(self.norm_final(stream.total()))
-        shift, scale = (self.modulation(c) if modulation is None else modulation).unbind(1)
+        if modulation is None:
+            if c is None:
+                raise ValueError("c: expected a condition (B, D), or modulation in its place, got neither")
+            modulation = self.modulation(c)
+        shift, scale = modulation.unbind(1)
         return self.linear(stream.norm_modulate(shift, scale)[1])

@@ -8,6 +8,7 @@ layers that look at it as a whole take a `visible` mask.
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,10 @@ class LayerNorm(nn.LayerNorm):
         check_whole("dim", dim, 1)
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
 
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: SparseTensor2d) -> SparseTensor2d: ...
     def forward(self, x: Map) -> Map:
         if isinstance(x, SparseTensor2d):
             return x.replace(super().forward(x.features))
@@ -116,6 +121,10 @@ class GlobalResponseNorm(nn.Module):
         """Normalise x; where `visible`, (N, H, W), is given, x must be zero at absent sites."""
         return self._normalise(x, visible, ops.grn, ops.sparse_grn)
 
+    @overload
+    def gelu(self, x: Tensor, visible: Tensor | None = None) -> Tensor: ...
+    @overload
+    def gelu(self, x: SparseTensor2d, visible: None = None) -> SparseTensor2d: ...
     def gelu(self, x: Map, visible: Tensor | None = None) -> Map:
         """`forward` of the exact GELU of x, in one operator."""
         return self._normalise(x, visible, ops.gelu_grn, ops.sparse_gelu_grn)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,10 @@ class Stem(nn.Sequential):
         check_whole("stride", stride, 1)
         super().__init__(nn.Conv2d(in_chans, dim, stride, stride), LayerNorm(dim, eps))
 
+    @property
+    def _conv(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self[0])
+
     def forward(self, images: Tensor, name: str = "images") -> Tensor:
         """(N, c, H, W) to (N, H // stride, W // stride, C).
 
@@ -35,7 +41,7 @@ class Stem(nn.Sequential):
         TypeError, under `name`; autocast takes every dtype but float64.
         """
         check_floating(name, images)
-        check_fits(name, images, self[0].weight)
+        check_fits(name, images, self._conv.weight)
         # The image has the fewest channels: this is the cheapest place to change the layout.
         images = images.contiguous(memory_format=torch.channels_last)
         return self[1](self[0](images).permute(0, 2, 3, 1).contiguous())
@@ -47,7 +53,7 @@ class Stem(nn.Sequential):
         from its own patch of the image, as if that were an image.
         """
         n, channels = images.shape[:2]
-        (height, width), patch = sites.grid, sites.block * self[0].stride[0]
+        (height, width), patch = sites.grid, sites.block * self._conv.stride[0]
         patches = images.view(n, channels, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
         image, row, column = sites.blocks.long().unbind(1)
         return SparseTensor2d(self(patches[image, row, column]).flatten(0, 2), sites)
@@ -90,9 +96,10 @@ class Downsample(nn.Sequential):
             step = torch.arange(2, device=row.device)
             row, column = 2 * row[:, None, None] + step[:, None], 2 * column[:, None, None] + step
             quads = F.pad(x.features, (0, 0, 1, 0))[rows[image[:, None, None], row, column]]
-        weight = self[1].weight.permute(0, 2, 3, 1).flatten(1)
+        conv = cast(nn.Conv2d, self[1])
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
         quads = quads.reshape(len(coarse), 4 * channels)
-        return SparseTensor2d(F.linear(quads, weight, self[1].bias), coarse)
+        return SparseTensor2d(F.linear(quads, weight, conv.bias), coarse)
 
 
 def coarsen(visible: Tensor) -> Tensor:

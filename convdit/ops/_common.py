@@ -69,6 +69,11 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work; torch.compile would take the None of its stack for a value."""
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd (or torch.func) must see this call; if not, the forward operator is called directly.
 
@@ -77,7 +82,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_exporting():
         return False
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() and in_transform():
+        # It would drop every gradient without a word (so up to PyTorch 2.14). Unless fullgraph=True forbids it, this
+        # makes it leave the transform to eager mode.
+        raise NotImplementedError("torch.compile cannot trace torch.func over convdit's operators")
+    if forward_ad._current_level >= 0 or in_transform():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

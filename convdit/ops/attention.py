@@ -27,7 +27,8 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) ->
         scale: multiplies the scores; ``(D / num_heads) ** -0.5`` unless given.
 
     Returns:
-        (B, T, D) in qkv's dtype, contiguous, heads side by side.
+        (B, T, D) in qkv's dtype, contiguous, heads side by side. With gradients, bfloat16 and float16 on CUDA also keep
+        what rounding took from it, as many bytes again, so that the backward starts from the unrounded result.
 
     Raises:
         TypeError, ValueError, RuntimeError: a dtype, shape or number of heads that does not fit, naming the argument.
@@ -46,27 +47,31 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) ->
         scale = max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5
     if needs_grad(qkv):
         return _PackedAttention.apply(qkv, num_heads, scale)[0]
-    return library.packed_attention_fwd(qkv, num_heads, scale)[0]
+    return library.packed_attention_fwd(qkv, num_heads, scale, False)[0]
+
+
+OUR_KERNELS = ["cuda"]  # devices where the arithmetic is ours
 
 
 @torch.library.register_fake("convdit::packed_attention_fwd")
-def _(qkv, num_heads, scale):
+def _(qkv, num_heads, scale, save):
     batch, tokens, width = qkv.shape
     log_sum_exp = qkv.new_empty((batch, tokens, num_heads), dtype=accumulate_dtype(qkv.dtype))
-    return qkv.new_empty((batch, tokens, width // 3)), log_sum_exp
+    rest = tokens if save and qkv.element_size() == 2 and qkv.device.type in OUR_KERNELS else 0
+    return qkv.new_empty((batch, tokens, width // 3)), log_sum_exp, qkv.new_empty((batch, rest, width // 3))
 
 
 @torch.library.register_fake("convdit::packed_attention_bwd")
-def _(grad, qkv, out, log_sum_exp, num_heads, scale):
+def _(grad, qkv, out, log_sum_exp, rest, num_heads, scale):
     return qkv.new_empty(qkv.shape)
 
 
 register_vmap("packed_attention_fwd", folded=(0,))
-register_vmap("packed_attention_bwd", folded=(0, 1, 2, 3))
+register_vmap("packed_attention_bwd", folded=(0, 1, 2, 3, 4))
 
 
 @register_flop_formula(library.packed_attention_fwd)
-def _(qkv, num_heads, scale, out_shape=None, **_kwargs) -> int:
+def _(qkv, *_args, out_shape=None, **_kwargs) -> int:
     batch, tokens, width = qkv
     return 2 * 2 * batch * tokens * tokens * (width // 3)  # two matrix products: q k^T, and the weights times v
 
@@ -80,18 +85,17 @@ def _(grad, qkv, *_args, out_shape=None, **_kwargs) -> int:
 class _PackedAttention(Function):
     @staticmethod
     def forward(qkv, num_heads, scale):
-        return library.packed_attention_fwd(qkv, num_heads, scale)
+        return library.packed_attention_fwd(qkv, num_heads, scale, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         qkv, ctx.num_heads, ctx.scale = inputs
-        out, log_sum_exp = output
-        ctx.mark_non_differentiable(log_sum_exp)
-        ctx.save_for_backward(qkv, out, log_sum_exp)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(qkv, *output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _log_sum_exp):
+    def backward(ctx, grad, _log_sum_exp, _rest):
         return library.packed_attention_bwd(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
 
 

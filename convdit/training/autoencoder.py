@@ -16,6 +16,9 @@ class Autoencoder(nn.Module):
     After training, ``measure`` sets the mean and deviation that make latents about standard normal.
     """
 
+    latent_mean: Tensor
+    latent_std: Tensor
+
     def __init__(self, channels: int = 1, latent_channels: int = 4, width: int = 32):
         super().__init__()
         self.latent_channels = latent_channels

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import models
 from ..nn import GlobalResponseNorm
 from .options import DiTOptions, ModelOptions, PretrainOptions
+
+if TYPE_CHECKING:
+    from .unet import UNet
 
 # Three stages from full resolution: patches of 4 pixels, which pictures of 16 to 64 pixels need.
 _SMALL_CONVNEXT = {
@@ -19,6 +23,7 @@ _SMALL_CONVNEXT = {
 }
 _SMALL_DIT = {"hidden_size": 128, "depth": 4, "num_heads": 4, "patch_size": 4}
 _SMALL_PICTURE = 64
+SIZE = ("depths", "dims", "stem_stride", "attention_stages")  # options that go over those of the named ConvNeXt
 
 
 def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -29,18 +34,27 @@ def convnext_config(options: ModelOptions, image_shape: tuple[int, int, int]) ->
     if name != "small" and name not in models.list():
         raise ValueError(f"model: expected auto, small or one of {', '.join(models.list())}; got {name!r}")
     config: dict[str, Any] = dict(_SMALL_CONVNEXT) if name == "small" else {"name": name}
-    for key in ("depths", "dims", "stem_stride"):
+    for key in SIZE:
         if getattr(options, key) is not None:
             config[key] = getattr(options, key)
     return {**config, "in_chans": image_shape[0]}
 
 
-def classifier(config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0) -> nn.Module:
+def classifier(
+    config: dict[str, Any], classes: int, drop_path: float = 0.0, head_scale: float = 1.0
+) -> models.ConvNeXt:
     return models.create(**config, num_classes=classes, drop_path_rate=drop_path, head_init_scale=head_scale)
 
 
-def encoder(config: dict[str, Any]) -> nn.Module:
+def encoder(config: dict[str, Any]) -> models.ConvNeXt:
     return models.create(**config, features_only=True)
+
+
+def sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What `SIZE` names, of the ConvNeXt that these arguments make."""
+    with torch.device("meta"):
+        model = encoder(config)
+    return {key: getattr(model, key) for key in SIZE}
 
 
 def fcmae_config(options: PretrainOptions, image_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -59,7 +73,7 @@ def fcmae_config(options: PretrainOptions, image_shape: tuple[int, int, int]) ->
     }
 
 
-def fcmae(config: dict[str, Any]) -> nn.Module:
+def fcmae(config: dict[str, Any]) -> models.FCMAE:
     return models.FCMAE(**{**config, "encoder": encoder(config["encoder"])})
 
 
@@ -82,7 +96,7 @@ def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -
         "in_channels": shape[0],
         "num_classes": classes,
         "class_dropout_prob": options.class_dropout,
-        "learn_sigma": options.learn_sigma,
+        "learn_sigma": options.learn_sigma and options.objective == "noise",
     }
     if options.model == "unet":
         given = {"channels": options.hidden_size, "levels": options.depth}
@@ -103,7 +117,7 @@ def dit_config(options: DiTOptions, shape: tuple[int, int, int], classes: int) -
     return config | ({} if options.zero_init else {"zero_init": False})
 
 
-def dit(config: dict[str, Any]) -> nn.Module:
+def dit(config: dict[str, Any]) -> models.DiT | UNet:
     config = dict(config)
     name, zero_init = config.pop("name", "DiT"), config.pop("zero_init", True)
     if name == "unet":

@@ -87,10 +87,13 @@ class DiffusersVAE(nn.Module):
         return self.model.decode(latents * self.std[0] + self.mean[0]).sample
 
 
+Codec = Pixels | SmallAutoencoder | DiffusersVAE
+
+
 def train_autoencoder(options: LoopOptions, steps: int, dataset: data.ImageDataset, out: Path) -> Autoencoder:
     """The small autoencoder, trained in the run folder ``out`` with the seed, batch and device of ``options``."""
     loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
-    given = dict.fromkeys(("epochs", "base_lr", "min_lr", "warmup", "warmup_epochs", "evaluate_every"))
+    given: dict[str, Any] = dict.fromkeys(("epochs", "base_lr", "min_lr", "warmup", "warmup_epochs", "evaluate_every"))
     loop = replace(loop, steps=steps, lr=2e-3, beta2=0.95, ema=0.0, weight_decay=0.0, **given)
     accelerator = start(loop)
     model = Autoencoder(dataset.image_shape[0])
@@ -118,7 +121,7 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     return model.eval()
 
 
-def decoder(config: dict[str, Any], folder: Path) -> nn.Module | None:
+def decoder(config: dict[str, Any], folder: Path) -> DiffusersVAE | Autoencoder | None:
     """What turns the latents of a DiT run into pictures: from its configuration and folder. None for pixels."""
     if config.get("vae"):
         return DiffusersVAE(**config["vae"])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import ConvNeXt
+from ..nn import ConvNeXtBlock, Stage
 from .common import open_data
 from .options import CollapseOptions, DataOptions, PretrainOptions
 from .pictures import grid, save_png
@@ -25,9 +26,9 @@ from .stages import Stages, open_folder, small_size
 
 _DEAD, _SATURATED = 0.05, 0.2
 # Small enough for minutes on a CPU; patches of 8 pixels.
-ENCODER = {"depths": [2, 2, 6], "dims": [32, 64, 128], "stem_stride": 2}
+ENCODER: dict[str, Any] = {"depths": [2, 2, 6], "dims": [32, 64, 128], "stem_stride": 2}
 # Digits have flat patches, whose deviation is no scale to normalise by.
-PRETRAIN = {"lr": 1.5e-3, "norm_pix_loss": False, "decoder_dim": 64, "log_every": 10}
+PRETRAIN: dict[str, Any] = {"lr": 1.5e-3, "norm_pix_loss": False, "decoder_dim": 64, "log_every": 10}
 MODELS: dict[str, dict[str, Any]] = {
     "ConvNeXt V1": {"model": "convnext_atto"},
     "ConvNeXt V2": {"model": "convnextv2_atto"},
@@ -39,11 +40,12 @@ MODELS: dict[str, dict[str, Any]] = {
 def expanded_activations(encoder: ConvNeXt, images: Tensor) -> list[Tensor]:
     """What each block's second pointwise layer gets, (N, H, W, 4C): after GELU, in version 2 after GRN."""
     found: list[Tensor] = []
-    blocks = [block for stage in encoder.stages for block in stage]
+    stages = [cast(Stage, stage) for stage in encoder.stages]
+    blocks = [cast(ConvNeXtBlock, block) for stage in stages for block in stage]
     hooks = [b.pwconv2.register_forward_pre_hook(lambda module, args: found.append(args[0])) for b in blocks]
     try:
         x: Any = None
-        for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
+        for downsample, stage in zip(encoder.downsample_layers, stages, strict=True):
             x = downsample(images if x is None else x)
             visible = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
             for block in stage:
@@ -110,12 +112,18 @@ def collapse(options: CollapseOptions, out: str | Path) -> dict[str, Any]:
     splits = open_data(DataOptions(options.data, size))
     out = open_folder(Path(out), asdict(options), "collapse")
     images, _ = splits.test.batch(torch.linspace(0, len(splits.test) - 1, options.pictures).long().unique())
-    stages, results = Stages(out), {}
+    stages = Stages(out)
+    results: dict[str, Any] = {}
     for number, (name, own) in enumerate(MODELS.items()):
         run = out / "runs" / str(number)
 
         def stage(own: dict[str, Any] = own, run: Path = run, number: int = number) -> dict[str, Any]:
-            common = {"data": options.data, "image_size": size, "seed": options.seed, "cpu": options.cpu}
+            common: dict[str, Any] = {
+                "data": options.data,
+                "image_size": size,
+                "seed": options.seed,
+                "cpu": options.cpu,
+            }
             pretrain(PretrainOptions(**common, **ENCODER, **PRETRAIN, **own, steps=options.pretrain_steps), run, True)
             model, normalise, _ = load_fcmae(run)
             inputs = normalise(images)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from .build import convnext_config, encoder_part
+from .build import SIZE, convnext_config, encoder_part, sizes
 from .options import DataOptions, ModelOptions
 from .runs import RESULT, WEIGHTS, Run, RunError, read_weights, save_weights, write_json
 from .transforms import Normalise
@@ -46,6 +46,11 @@ def convnext_of(source: dict | None, options: ModelOptions, image_shape: tuple[i
     config = source["model"]["encoder"] if source["task"] == "pretrain" else source["model"]
     if options.model not in ("auto", "small", config["name"]):
         raise RunError(f"model: the weights of init are for {config['name']}, asked for {options.model}")
+    given = {key: getattr(options, key) for key in SIZE if getattr(options, key) is not None}
+    own, asked = sizes(config), sizes({**config, **given})
+    for key in SIZE:
+        if asked[key] != own[key]:
+            raise RunError(f"{key}: the weights of init are for {own[key]}, asked for {asked[key]}")
     if config["in_chans"] != image_shape[0]:
         raise RunError(
             f"channels: the weights of init are for {config['in_chans']}, the pictures have {image_shape[0]}"

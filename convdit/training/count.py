@@ -24,6 +24,7 @@ def count(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected a positive number, got {image_size}")
     dit = name.replace("-", "_").replace("/", "_")
+    inputs: tuple[torch.Tensor, ...]
     with torch.device("meta"):
         if dit.startswith("DiT_") and hasattr(models, dit):
             size = image_size or 32

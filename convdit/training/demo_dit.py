@@ -24,7 +24,7 @@ GUIDANCE = (1.0, 2.0)
 
 def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str, Any]:
     """The results of these stages, by name."""
-    common = {
+    common: dict[str, Any] = {
         "data": settings.data,
         "image_size": splits.train.image_shape[1],
         "held_out": settings.held_out,
@@ -52,6 +52,7 @@ def _judged(settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str,
     """Class accuracy and Frechet distance of samples, held-out pictures and noise, by one measure."""
     maker = PictureMaker.load(out / "runs" / "dit", settings.cpu)
     classifier, normalise, classes = load_classifier(out / "runs" / "judge")
+    assert classes is not None  # a run of ours has them
     labels = torch.arange(len(classes)).repeat_interleave(settings.samples)
     count = len(labels)
 

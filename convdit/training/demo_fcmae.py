@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import checkpoints, data
+from ..models import FCMAE
 from ..sparse import ActiveSites, SparseTensor2d
 from . import build
 from .evaluate import LinearProbe, accuracy, in_batches
@@ -18,16 +19,17 @@ from .options import FinetuneOptions, PretrainOptions, ProbeOptions
 from .pictures import grid, save_png
 from .pretrain import load_fcmae, pretrain, reconstructions
 from .runs import save_weights
+from .transforms import Normalise
 
 if TYPE_CHECKING:
     from .demo import DemoSettings, Stages
 
-_LOG = {"log_every": 5}  # short runs, smooth curves
+_LOG: dict[str, Any] = {"log_every": 5}  # short runs, smooth curves
 
 
 def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str, Any]:
     """The results of these stages, by name."""
-    common = {
+    common: dict[str, Any] = {
         "data": settings.data,
         "image_size": splits.train.image_shape[1],
         "held_out": settings.held_out,
@@ -107,7 +109,7 @@ def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) 
     return results
 
 
-def _hidden_error(model: torch.nn.Module, normalise, dataset: data.ImageDataset) -> dict[str, float]:
+def _hidden_error(model: FCMAE, normalise: Normalise, dataset: data.ImageDataset) -> dict[str, float]:
     """Mean squared error on hidden pixels of held-out pictures, and of two guesses that need no model."""
     images, _ = dataset.batch(range(min(500, len(dataset))))
     triples = reconstructions(model, normalise, images, seed=1).unflatten(0, (-1, 3))
@@ -117,7 +119,9 @@ def _hidden_error(model: torch.nn.Module, normalise, dataset: data.ImageDataset)
     hidden = mask.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None].expand_as(images)
     error = (triples[:, 2] - images).square()[hidden].mean()
     patches = model.patchify(images)
-    flat = model.unpatchify(patches.mean(-1, keepdim=True).expand_as(patches).contiguous(), mask.shape[1:])
+    flat = model.unpatchify(
+        patches.mean(-1, keepdim=True).expand_as(patches).contiguous(), (mask.shape[1], mask.shape[2])
+    )
     return {
         "hidden_error": float(error),
         "hidden_error_patch_mean": float((flat - images).square()[hidden].mean()),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,13 @@ from .options import LoopOptions
 from .order import BatchOrder, batches
 from .runs import Run, read_json, write_json
 
-Objective = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
-Evaluation = Callable[[nn.Module], dict[str, float]]
+# The model of the run, perhaps in a wrapper of accelerate's:
+Objective = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
+Evaluation = Callable[[Any], dict[str, float]]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+_LEAST_SCALE = 1e-4  # of the loss in float16: 30 steps skipped one after another, from the scale it starts with
 
 
 class TrainingError(RuntimeError):
@@ -33,27 +39,32 @@ def start(options: LoopOptions):
     accelerate = require("accelerate", "training")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     options.check(world)
+    # What an earlier run in this process chose would else be kept, its precision in silence.
+    accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(
         cpu=options.cpu,
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.accumulate,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # There accelerate leaves float16 out, and says nothing.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     accelerate.utils.set_seed(options.seed)  # the same initial weights in every process
     return accelerator
 
 
 def train(
     accelerator,
-    model: nn.Module,
+    model: Model,
     objective: Objective,
     dataset: ImageDataset,
     options: LoopOptions,
     run: Run,
     evaluate: Evaluation | None = None,
     rate: Callable[[str], float] | None = None,
-    show: Callable[[int, nn.Module], None] | None = None,
+    show: Callable[[int, Any], None] | None = None,
     speed: Callable[[float], dict[str, float]] | None = None,
-) -> nn.Module:
+) -> Model:
     """Trains ``model`` to the end of ``options.steps``, from the run's last checkpoint if there is one.
 
     ``objective(model, images, labels)`` gives scalars to log, the one named "loss" to minimise; a pair (2,) is a
@@ -69,15 +80,17 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the checkpoint of the last step is written.
-        TrainingError: the loss stopped being finite.
+        TrainingError: the loss stopped being finite, or under float16 the gradients did at any scale of the loss.
     """
     options = options.resolved(len(dataset))
+    if options.grad_checkpointing:
+        cast(Any, model).set_grad_checkpointing()
     trainer = _Trainer(accelerator, model, objective, options, run, evaluate, rate, show, speed)
     done = trainer.resume()
     if done < options.steps:
         model.train()
         trainer.loop(dataset, done)
-    return trainer.result()
+    return cast(Model, trainer.result())  # the same object, or its average
 
 
 class _Trainer:
@@ -142,7 +155,8 @@ class _Trainer:
         with StopSignals() as signals, bar:
             for step in range(done + 1, options.steps + 1):
                 for _ in range(share):
-                    self._micro_step(*next(stream), totals)
+                    images, labels = next(stream)
+                    self._micro_step(images, labels, totals)
                 bar.update(options.batch_size)
                 saving = step % options.save_every == 0 or step == options.steps
                 every = options.evaluate_every
@@ -182,7 +196,7 @@ class _Trainer:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if accelerator.sync_gradients:
+        if accelerator.sync_gradients and not self.optimizer.step_was_skipped:  # float16 overflowed
             self.schedule.step()
             if self.ema:
                 self.ema.update_parameters(accelerator.unwrap_model(self.model))
@@ -224,6 +238,13 @@ class _Trainer:
                 f"The last checkpoint in {self.run.path} is from before that"
             )
         entry = {"step": step, **values, "lr": max(self.schedule.get_last_lr())}
+        if self.accelerator.scaler is not None:
+            entry["scale"] = self.accelerator.scaler.get_scale()
+            if entry["scale"] < _LEAST_SCALE:
+                raise TrainingError(
+                    f"step {step}: at a loss scaled by {entry['scale']:g}, gradients still leave float16's range; try "
+                    f"--mixed-precision bf16 or a lower --lr. The last checkpoint is in {self.run.path}"
+                )
         entry |= {"seconds": round(self.seconds, 3), "images_per_s": round(rate, 1)}
         if self.speed:
             entry |= self.speed(rate)

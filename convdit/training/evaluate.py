@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import ImageDataset
+from ..models import ConvNeXt
 
 
 def in_batches(
@@ -28,7 +29,7 @@ def in_batches(
         return torch.cat(list(results())), dataset.labels
 
 
-def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
+def pooled_features(encoder: ConvNeXt, images: Tensor) -> Tensor:
     """The last map of a ConvNeXt encoder for normalised images (B, c, H, W), averaged: (B, C)."""
     return encoder.forward_intermediates(images)[-1].mean((2, 3))
 

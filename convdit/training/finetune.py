@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import checkpoints, data
 from .._checks import listed
+from ..models import ConvNeXt
 from . import build
 from .augment import BatchMixing, augmented
 from .common import convnext_of, device_of, finish, imagenet_normalisation, initial_encoder, normalisation, open_data
@@ -21,7 +22,7 @@ from .runs import Run, RunError, read_weights
 from .transforms import Normalise, augment
 
 
-def finetune(options: FinetuneOptions, out: str | Path, resume: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def finetune(options: FinetuneOptions, out: str | Path, resume: bool = False) -> tuple[ConvNeXt, dict[str, Any]]:
     """Trains a classifier in the run folder ``out``; returns it and its held-out accuracy."""
     accelerator = start(options)
     splits = open_data(options, options.crop_ratio)
@@ -112,7 +113,7 @@ def probe(options: ProbeOptions) -> dict[str, Any]:
     }
 
 
-def load_classifier(source: str | Path, model: str | None = None) -> tuple[nn.Module, Normalise, list[str] | None]:
+def load_classifier(source: str | Path, model: str | None = None) -> tuple[ConvNeXt, Normalise, list[str] | None]:
     """A classifier in evaluation mode, its normalisation and its classes.
 
     ``source`` is a run of ``convdit finetune``, or a checkpoint of another project that has a head, of the ConvNeXt

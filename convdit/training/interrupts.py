@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import TracebackType
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -23,7 +24,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # what signal.signal returns
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

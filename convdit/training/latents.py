@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import data
 from ..data.errors import DataError, require
-from .codecs import AUTOENCODER, DiffusersVAE, Pixels, SmallAutoencoder, train_autoencoder
+from .codecs import AUTOENCODER, Codec, DiffusersVAE, Pixels, SmallAutoencoder, train_autoencoder
 from .common import device_of, open_data
 from .options import EncodeOptions, LoopOptions, saved
 from .runs import CONFIG, RESULT, WEIGHTS, Run, read_json, write_json, write_whole
@@ -30,14 +31,15 @@ def encode(options: EncodeOptions, out: str | Path, resume: bool = False) -> Lat
     channels, height, width = dataset.image_shape
     if options.vae == "small" and (height % 4 or width % 4):
         raise ValueError(f"image_size: {height} does not divide by 4, as the small autoencoder needs")
-    codec: nn.Module | None = None
-    if options.vae not in ("small", "pixels"):
-        codec = DiffusersVAE(options.vae, options.scale)
+    vae = DiffusersVAE(options.vae, options.scale) if options.vae not in ("small", "pixels") else None
     config = {"task": _TASK, "options": saved(options), "classes": dataset.classes, "pictures": len(dataset)}
     run = Run(out, config, resume)
-    if options.vae == "pixels":
+    codec: Codec
+    if vae is not None:
+        codec = vae
+    elif options.vae == "pixels":
         codec = Pixels(channels)
-    elif options.vae == "small":
+    else:
         loop = LoopOptions(batch_size=64, seed=options.seed, cpu=options.cpu)
         with torch.enable_grad():
             model = train_autoencoder(loop, options.autoencoder_steps, dataset, run.path / AUTOENCODER)
@@ -50,10 +52,8 @@ def encode(options: EncodeOptions, out: str | Path, resume: bool = False) -> Lat
         if not _shard(run.path, number).exists():
             indices = range(first, min(first + options.shard_size, len(dataset)))
             _write_shard(_shard(run.path, number), codec, dataset, indices, options, device)
-    vae = None
-    if isinstance(codec, DiffusersVAE):
-        vae = {"source": options.vae, "scale": 1 / codec.std[0]}
-    result = {"mean": codec.mean, "std": codec.std, "shards": len(firsts), "vae": vae}
+    kept = None if vae is None else {"source": options.vae, "scale": 1 / vae.std[0]}
+    result = {"mean": codec.mean, "std": codec.std, "shards": len(firsts), "vae": kept}
     write_json(run.path / RESULT, result | {"latent": options.vae == "small", "channels": channels})
     return LatentDataset(run.path)
 
@@ -62,7 +62,7 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"latents-{number:05d}.safetensors"
 
 
-def _write_shard(path: Path, codec: nn.Module, dataset: data.ImageDataset, indices: range, options, device) -> None:
+def _write_shard(path: Path, codec: Codec, dataset: data.ImageDataset, indices: range, options, device) -> None:
     parts: dict[str, list[Tensor]] = {}
     for first in range(0, len(indices), options.batch_size):
         images, labels = dataset.batch(indices[first : first + options.batch_size])
@@ -101,8 +101,8 @@ class LatentDataset(data.ImageDataset):
         labels = torch.cat([file.get_tensor("labels") for file in found])
         if len(labels) != config["pictures"]:
             raise DataError(f"{folder}: expected latents of {config['pictures']} pictures, got {len(labels)}")
-        shape = tuple(found[0].get_slice("mean").get_shape()[1:])
-        super().__init__(labels, config["classes"], shape)
+        _, channels, height, width = found[0].get_slice("mean").get_shape()
+        super().__init__(labels, config["classes"], (channels, height, width))
         self.mean = torch.tensor(self.result["mean"]).view(-1, 1, 1)
         self.std = torch.tensor(self.result["std"]).view(-1, 1, 1)
         self.uncertain = "std" in found[0].keys()
@@ -146,5 +146,4 @@ class LatentDataset(data.ImageDataset):
         if self.result["latent"]:
             (run / AUTOENCODER).mkdir(exist_ok=True)
             for name in (CONFIG, WEIGHTS):
-                source = self.folder / AUTOENCODER / name
-                write_whole(run / AUTOENCODER / name, lambda temporary, source=source: shutil.copy(source, temporary))
+                write_whole(run / AUTOENCODER / name, partial(shutil.copy, self.folder / AUTOENCODER / name))

@@ -10,7 +10,8 @@ from .augment import RESIZED_CROP
 from .optim import LAYER_DECAYS
 
 # These may change when a run resumes: the weights do not depend on them.
-FREE = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "sample_guidance", "sample_steps", "peak_tflops")
+FREE: tuple[str, ...] = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
+FREE += ("sample_guidance", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 _PRECISIONS = ("no", "bf16", "fp16")
@@ -35,6 +36,7 @@ class ModelOptions:
     depths: list[int] | None = option(None, "blocks a stage, for another size of the model")
     dims: list[int] | None = option(None, "channels a stage, for another size of the model")
     stem_stride: int | None = option(None, "pixels along a site of the first stage")
+    attention_stages: int | None = option(None, "so many stages, the last ones, of self-attention blocks")
 
 
 @dataclass
@@ -57,6 +59,7 @@ class LoopOptions:
     crop_scale: float = option(0.08, "smallest share of the area of a resized crop")
     accumulate: int = option(1, "parts in which a batch is computed, to save memory")
     mixed_precision: str | None = option(None, "of the forward pass (default: as accelerate launch says)", _PRECISIONS)
+    grad_checkpointing: bool = option(False, "keep only the inputs of blocks for the backward pass, to save memory")
     seed: int = option(0, "seed of weights, order, masks and noise")
     save_every: int = option(250, "steps between checkpoints")
     log_every: int = option(25, "steps between lines of log.jsonl")
@@ -116,7 +119,7 @@ class LoopOptions:
             raise ValueError(f"{name}: {warmup} steps of warm-up do not fit into a run of {steps}")
         if min_lr > lr:
             raise ValueError(f"min_lr: expected at most the peak of {lr:g}, got {min_lr:g}")
-        given = {"epochs": None, "base_lr": None, "warmup_epochs": None}
+        given: dict[str, Any] = {"epochs": None, "base_lr": None, "warmup_epochs": None}
         return replace(self, steps=steps, warmup=warmup, lr=lr, min_lr=min_lr, **given)
 
     def augmentation(self, image_size: int) -> str:
@@ -213,8 +216,11 @@ class DiTOptions(LoopOptions, DataOptions):
     patch_size: int | None = option(None, "pixels (or latent sites) along a token")
     label_init_std: float = option(0.02, "spread of the untrained label table; 0.3 for short runs")
     class_dropout: float = option(0.1, "share of labels dropped, for guidance")
-    learn_sigma: bool = option(True, "learn the variance as well")
-    schedule: str = option("linear", "growth of the noise", ("linear", "cosine"))
+    objective: str = option(
+        "noise", "to predict noise, as DiT, or the velocity of a rectified flow, as SiT", ("noise", "flow")
+    )
+    learn_sigma: bool = option(True, "learn the variance as well (a flow has none)")
+    schedule: str = option("linear", "growth of the noise (a flow has none)", ("linear", "cosine"))
     latent: bool = option(False, "diffuse in the latent space of an autoencoder trained first")
     autoencoder_steps: int = option(600, "steps of the autoencoder, with --latent")
     sample_guidance: float = option(1.0, "guidance of the samples on the way (--evaluate-every)")
@@ -234,6 +240,12 @@ class DiTOptions(LoopOptions, DataOptions):
         super().check(world)
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: expected one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}")
+        if self.grad_checkpointing and self.model == "unet":
+            raise ValueError("grad_checkpointing: expected off for unet, diffusers' UNet2DModel, got on")
+        if self.objective not in ("noise", "flow"):
+            raise ValueError(f"objective: expected noise or flow, got {self.objective!r}")
+        if self.objective == "flow" and self.schedule != "linear":
+            raise ValueError(f"schedule: expected none with objective flow, got {self.schedule!r}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout: expected 0 <= class_dropout < 1, got {self.class_dropout}")
         if not 1 <= self.sample_steps <= 1000:

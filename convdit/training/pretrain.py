@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models import FCMAE
 from . import build
 from .augment import augmented
 from .common import finish, open_data
@@ -17,7 +18,7 @@ from .runs import Run, RunError, read_weights
 from .transforms import Normalise, augment
 
 
-def pretrain(options: PretrainOptions, out: str | Path, resume: bool = False) -> nn.Module:
+def pretrain(options: PretrainOptions, out: str | Path, resume: bool = False) -> FCMAE:
     """Trains an FCMAE in the run folder ``out``; returns it in evaluation mode."""
     accelerator = start(options)
     splits = open_data(options)
@@ -58,7 +59,7 @@ def _test_loss(model: nn.Module, dataset, normalise: Normalise) -> float:
     return total / count
 
 
-def load_fcmae(source: str | Path) -> tuple[nn.Module, Normalise, dict[str, Any]]:
+def load_fcmae(source: str | Path) -> tuple[FCMAE, Normalise, dict[str, Any]]:
     """The model of a pre-training run in evaluation mode, its normalisation and configuration."""
     state, config = read_weights(source)
     if config is None or config.get("task") != "pretrain":
@@ -69,7 +70,7 @@ def load_fcmae(source: str | Path) -> tuple[nn.Module, Normalise, dict[str, Any]
 
 
 @torch.no_grad()
-def reconstructions(model: nn.Module, normalise: Normalise, images: Tensor, seed: int = 0) -> Tensor:
+def reconstructions(model: FCMAE, normalise: Normalise, images: Tensor, seed: int = 0) -> Tensor:
     """(B, C, H, W) in [0, 1] to (3B, C, H, W): original, visible part on grey, filled in."""
     generator = torch.Generator().manual_seed(seed)
     inputs = normalise(images)
@@ -87,7 +88,7 @@ def open_pictures(
     data: str | None = None,
     image_size: int | None = None,
     channels: int | None = None,
-) -> tuple[nn.Module, Normalise, Tensor]:
+) -> tuple[FCMAE, Normalise, Tensor]:
     """A pre-trained model, its normalisation, and ``count`` held-out pictures (count, C, H, W).
 
     Without ``data``, those of the run are opened.

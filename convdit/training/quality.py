@@ -6,7 +6,8 @@ a classifier that ``convdit finetune`` trained. Only the first gives figures tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,10 +161,11 @@ def evaluate(
     count: int = 1000,
     guidance: float = 1.0,
     steps: int = 50,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     seed: int = 0,
     cpu: bool = False,
     progress: bool = True,
+    interval: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Judges ``source``, a run of ``train-dit`` to sample ``count`` pictures from or an .npz of samples.
 
@@ -171,7 +173,12 @@ def evaluate(
     ``weights``, a file of Inception v3, or from ``judge``, a run of ``finetune``: one of them is needed. ``out`` takes
     the samples as the evaluator of ADM reads them.
     """
-    if (weights is None) == (judge is None):
+    network: Callable[[torch.device], Extractor]
+    if weights is not None and judge is None:
+        network = partial(inception, weights)
+    elif judge is not None and weights is None:
+        network = partial(classifier, judge)
+    else:
         raise ValueError("weights, judge: expected one of the two, a file of Inception v3 or a run of finetune")
     if count <= NEIGHBOURS:
         raise ValueError(f"count: expected at least {NEIGHBOURS + 1}, got {count}")
@@ -180,7 +187,7 @@ def evaluate(
     if out is not None and Path(out).suffix != ".npz":
         raise ValueError(f"out: expected a name ending in .npz, got {out}")
     device = device_of(cpu)
-    extract = inception(weights, device) if weights else classifier(judge, device)
+    extract = network(device)
     if real not in EMBEDDED and not Path(real).exists():
         raise DataError(f"real: {real}: no such file or folder, and not one of {', '.join(EMBEDDED)}")
     labels = None
@@ -189,7 +196,7 @@ def evaluate(
     else:
         maker = PictureMaker.load(source, cpu)
         labels = torch.arange(count) % len(maker.classes)  # as many of each class
-        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress))
+        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress, interval))
     reference = read_npz(Path(real)) if Path(real).suffix == ".npz" else real_pictures(real, samples.shape[1])
     if samples.shape[1:3] != reference.shape[1:3]:
         raise ValueError(

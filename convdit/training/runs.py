@@ -21,7 +21,7 @@ class RunError(ValueError):
     """A run folder that cannot be used as asked; the message says why."""
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary name beside ``path``, then renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -189,8 +189,8 @@ def read_log(run: str | Path) -> list[dict]:
 
 
 def _difference(saved: dict, asked: dict) -> str | None:
-    """The first key that differs, with both values, for a message."""
-    for key in sorted(saved.keys() | asked.keys()):
+    """The first key that differs, with both values, for a message: an option, from which the rest follows, if any."""
+    for key in sorted(saved.keys() | asked.keys(), key=lambda key: (key != "options", key)):
         one, two = saved.get(key), asked.get(key)
         if isinstance(one, dict) and isinstance(two, dict):
             inner = _difference(one, two)

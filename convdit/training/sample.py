@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..diffusion import GaussianDiffusion
+from ..diffusion import GaussianDiffusion, RectifiedFlow
+from ..models import DiT
+from ..models.modulation_cache import table_bytes
 from . import build
-from .codecs import decoder
+from .autoencoder import Autoencoder
+from .codecs import DiffusersVAE, decoder
 from .common import device_of
 from .pictures import grid, save_png
 from .runs import RunError, read_weights, write_whole
+from .unet import UNet
 
 STEPS = 1000  # of the diffusion process, in training
+SAMPLERS = {"noise": ("ddim", "ddpm"), "flow": ("euler", "heun")}  # the first is the default
+_CACHE_LIMIT = 2**30  # bytes that a table of modulations may take
+
+
+def process(config: dict[str, Any], steps: int | None = None) -> GaussianDiffusion | RectifiedFlow:
+    """The process that a run of ``train-dit`` with this configuration trains, or samples from in so many steps."""
+    if objective_of(config) == "flow":
+        return RectifiedFlow(steps or STEPS)
+    respacing = None if steps is None else str(steps)
+    return GaussianDiffusion(STEPS, config["schedule"], respacing, config["model"]["learn_sigma"])
+
+
+def objective_of(config: dict[str, Any]) -> str:
+    return config.get("objective", "noise")  # the only one of older runs
 
 
 class PictureMaker:
     """A DiT (or its rival, a U-Net) with the autoencoder, if any, that turns its latents into pictures."""
 
-    def __init__(self, dit: nn.Module, autoencoder: nn.Module | None, config: dict[str, Any]):
+    def __init__(self, dit: DiT | UNet, autoencoder: Autoencoder | DiffusersVAE | None, config: dict[str, Any]):
         self.dit = dit.eval()
         self.autoencoder = None if autoencoder is None else autoencoder.eval()
         self.config = config
@@ -52,14 +70,15 @@ class PictureMaker:
         labels: Tensor,
         guidance: float = 1.0,
         steps: int = 50,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         seed: int = 0,
         progress: bool = False,
+        interval: Sequence[float] | None = None,
         batch: int = 250,
     ) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1] of the classes ``labels`` (N,), on the CPU.
 
-        ``guidance`` is the scale of classifier-free guidance on all channels; 1 is none.
+        ``guidance``, ``sampler`` and ``interval`` are those of ``pictures``.
         """
         device = next(self.dit.parameters()).device
         start = torch.Generator().manual_seed(seed)  # the same noise on every device
@@ -67,7 +86,7 @@ class PictureMaker:
         parts = []
         for part in labels.split(batch):
             noise = torch.randn(len(part), *self.latent_shape, generator=start)
-            parts.append(self.pictures(noise, part, guidance, steps, sampler, later, progress))
+            parts.append(self.pictures(noise, part, guidance, steps, sampler, later, progress, interval))
         return torch.cat(parts)
 
     @property
@@ -83,32 +102,63 @@ class PictureMaker:
         y: Tensor,
         guidance: float = 1.0,
         steps: int = 50,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        interval: Sequence[float] | None = None,
     ) -> Tensor:
-        """Pictures (N, C, H, W) in [0, 1], on the CPU, from noise (N, ...) and labels or embeddings y."""
+        """Pictures (N, C, H, W) in [0, 1], on the CPU, from noise (N, ...) and labels or embeddings y.
+
+        ``guidance`` is the scale of classifier-free guidance on all channels; 1 is none; ``interval`` the lowest and
+        highest timestep (of a flow: time) at which there is any. ``sampler`` is "ddim" (the default) or "ddpm"; of a
+        flow "euler" (the default) or "heun".
+        """
         device = next(self.dit.parameters()).device
-        model = self.config["model"]
-        diffusion = GaussianDiffusion(STEPS, self.config["schedule"], str(steps), model["learn_sigma"])
-        arguments: dict[str, Any] = {"y": y.to(device)}
-        forward = self.dit
+        diffusion = process(self.config, steps)
+        sampler = self.check(sampler, interval)
+        y = y.to(device)
+        arguments: dict[str, Any] = {"y": y}
+        forward: Callable[..., Tensor] = self.dit
         if guidance != 1.0:
             forward = self.dit.forward_with_cfg
             arguments |= {"cfg_scale": guidance, "channels": "all"}
+            arguments |= {} if interval is None else {"interval": tuple(interval)}
+        if isinstance(diffusion, GaussianDiffusion):
+            arguments["clip_denoised"] = self.autoencoder is None
         x = diffusion.sample(
             forward,
             tuple(noise.shape),
             sampler=sampler,
-            clip_denoised=self.autoencoder is None,
             noise=noise.to(device),
             generator=generator,
             progress=progress,
+            cache_modulation=self._caches(len(diffusion.timesteps), y),
             **arguments,
         )
         if self.autoencoder is not None:
             x = self.autoencoder.decode(x)
         return ((x + 1) / 2).clamp(0, 1).cpu()
+
+    def check(self, sampler: str | None, interval: Sequence[float] | None) -> str:
+        """The sampler, or that of this run for None. Raises ValueError for one, or an interval, that is not its."""
+        objective = objective_of(self.config)
+        last = 1 if objective == "flow" else STEPS - 1
+        if sampler is not None and sampler not in SAMPLERS[objective]:
+            known = " or ".join(SAMPLERS[objective])
+            raise ValueError(f"sampler: expected {known} for weights of objective {objective}, got {sampler!r}")
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= last:
+            raise ValueError(
+                f"guidance_interval: expected 0 <= low <= high <= {last} for weights of objective {objective}, "
+                f"got {interval[0]:g} and {interval[1]:g}"
+            )
+        return sampler or SAMPLERS[objective][0]
+
+    def _caches(self, steps: int, y: Tensor) -> bool:
+        """Whether to make the modulation of all steps beforehand: where there is such, and it takes no great memory."""
+        if not isinstance(self.dit, DiT):
+            return False
+        conditions = len(y) if y.is_floating_point() else len(y.unique())
+        return 0 < table_bytes(self.dit, steps, conditions + 1) <= _CACHE_LIMIT
 
 
 def class_numbers(names: Sequence[str] | None, classes: Sequence[str]) -> list[int]:
@@ -149,6 +199,7 @@ def sample_to_file(
     if not 1 <= settings["steps"] <= STEPS:
         raise ValueError(f"steps: expected 1 to {STEPS}, got {settings['steps']}")
     maker = PictureMaker.load(source, cpu)
+    maker.check(settings.get("sampler"), settings.get("interval"))
     numbers = class_numbers(classes, maker.classes)
     labels = torch.tensor(numbers).repeat_interleave(count)
     sweep = [maker.sample(labels, scale, progress=True, **settings) for scale in guidance]

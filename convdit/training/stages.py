@@ -19,7 +19,7 @@ class Stages:
         self.out = out
         self.times: dict[str, dict[str, float]] = {}
 
-    def __call__(self, name: str, title: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, name: str, title: str, stage: Callable[[], Any]) -> Any:
         path = self.out / "results" / f"{name}.json"
         if path.exists():
             kept = read_json(path)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..diffusion import GaussianDiffusion
 from . import build
 from .augment import augmented
 from .autoencoder import Autoencoder
@@ -19,7 +19,7 @@ from .latents import LatentDataset, is_cache
 from .options import DiTOptions, saved
 from .pictures import grid, save_png
 from .runs import Run
-from .sample import STEPS, PictureMaker
+from .sample import STEPS, PictureMaker, process
 from .speed import utilisation
 from .transforms import augment
 
@@ -30,8 +30,9 @@ _SAMPLES = 4  # a class, on the way
 def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> PictureMaker:
     """Trains a DiT in the run folder ``out`` (its autoencoder, with ``latent``, in a folder inside).
 
-    The log has the loss by quarter of the timesteps ("loss_t0_249", ...), throughput and model FLOP utilisation. With
-    ``evaluate_every``, samples of the moving average lie in ``out/samples``, from the same noise every time.
+    The log has the loss by quarter of the timesteps ("loss_t0_249", ...; of a flow, times in thousandths, 0 noise and
+    1000 data), throughput and model FLOP utilisation. With ``evaluate_every``, samples of the moving average lie in
+    ``out/samples``, from the same noise every time.
     """
     accelerator = start(options)
     dataset = _open(options)
@@ -52,6 +53,7 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
         "classes": dataset.classes,
         "latent": options.latent or bool(cache and cache.result["latent"]),
         "vae": cache.result["vae"] if cache else None,
+        "objective": options.objective,
         "schedule": options.schedule,
         "channels": cache.result["channels"] if cache else channels,
     }
@@ -66,7 +68,7 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
     decode = autoencoder if cache is None else decoder(config, run.path)
     if decode is not None:
         decode.to(accelerator.device)
-    diffusion = GaussianDiffusion(STEPS, options.schedule, learn_sigma=options.learn_sigma)
+    diffusion = process(config)
     kind = options.augmentation(height)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -74,12 +76,12 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
         if autoencoder is not None:
             with torch.no_grad():
                 x = autoencoder.encode(x)
-        t = torch.randint(0, STEPS, (len(x),), device=x.device)
+        t = diffusion.draw_timesteps(len(x), x.device)
         losses = diffusion.training_losses(model, x, t, y=labels)
         values = {name: value.mean() for name, value in losses.items()}
-        return values | by_timestep(losses["loss"].detach(), t)
+        return values | by_timestep(losses["loss"].detach(), (STEPS * t).long() if t.is_floating_point() else t)
 
-    def show(step: int, model: nn.Module) -> None:
+    def show(step: int, model: Any) -> None:
         labels = torch.arange(min(10, len(dataset.classes))).repeat_interleave(_SAMPLES)
         maker = PictureMaker(model, decode, run.config)
         pictures = maker.sample(labels, options.sample_guidance, options.sample_steps, seed=options.seed)

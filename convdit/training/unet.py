@@ -50,13 +50,28 @@ class UNet(nn.Module):
             y = torch.where(torch.rand(len(y), device=y.device) < self.class_dropout_prob, self.num_classes, y)
         return self.model(x, t, class_labels=y).sample
 
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: str = "all") -> Tensor:
-        """Classifier-free guidance over all channels of the noise; ``channels`` has no other value here."""
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float,
+        channels: str = "all",
+        interval: tuple[float, float] | None = None,
+    ) -> Tensor:
+        """Classifier-free guidance over all channels of the noise; ``channels`` has no other value here.
+
+        ``interval`` is that of ``DiT.forward_with_cfg``.
+        """
         if channels != "all":
             raise ValueError(f'channels: expected "all" for a U-Net, got {channels!r}')
         null = torch.full_like(y, self.num_classes)
         both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         wanted, plain = both.chunk(2)
         count = x.shape[1]
-        guided = plain[:, :count] + cfg_scale * (wanted[:, :count] - plain[:, :count])
+        scale: Tensor | float = cfg_scale
+        if interval is not None:
+            inside = (t >= interval[0]) & (t <= interval[1])
+            scale = torch.where(inside, cfg_scale, 1.0).to(x.dtype).view(-1, 1, 1, 1)
+        guided = plain[:, :count] + scale * (wanted[:, :count] - plain[:, :count])
         return torch.cat([guided, wanted[:, count:]], 1)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..data.errors import require
+from ..models.dit import DiT, LabelEmbedder
 from .pictures import grid, save_png
 from .runs import write_whole
 from .sample import STEPS, PictureMaker, class_numbers
@@ -27,11 +30,14 @@ def walk_to_file(
     steps: int = 50,
     seed: int = 0,
     cpu: bool = False,
+    sampler: str | None = None,
+    interval: Sequence[float] | None = None,
 ) -> None:
     """Writes ``rows`` walks of ``frames`` pictures: a PNG with a strip a row, or a GIF that runs there and back.
 
     "latent" goes from one noise to another at one class; "class" from the embedding of one class to
-    that of another at one noise. ``classes`` names the one, or the two (default: the first ones).
+    that of another at one noise. ``classes`` names the one, or the two (default: the first ones). ``guidance``,
+    ``sampler`` (one that draws no noise) and ``interval`` are those of ``PictureMaker.pictures``.
     """
     if out.suffix not in (".png", ".gif"):
         raise ValueError(f"out: expected a name ending in .png or .gif, got {out}")
@@ -43,6 +49,10 @@ def walk_to_file(
     if not 1 <= steps <= STEPS:
         raise ValueError(f"steps: expected 1 to {STEPS}, got {steps}")
     maker = PictureMaker.load(source, cpu)
+    if maker.check(sampler, interval) == "ddpm":
+        raise ValueError(
+            "sampler: expected one that draws no noise on the way, for near starts to give near pictures, got ddpm"
+        )
     if not hasattr(getattr(maker.dit, "y_embedder", None), "embedding_table"):
         raise ValueError(f"weights: expected a DiT with classes, got {type(maker.dit).__name__}")
     ends = 1 if kind == "latent" else 2
@@ -50,7 +60,7 @@ def walk_to_file(
     numbers = numbers[:ends] if classes is None else numbers
     if len(numbers) != ends:
         raise ValueError(f"classes: expected {ends} for a {kind} walk, got {len(numbers)}")
-    pictures = walk(maker, kind, numbers, frames, rows, guidance, steps, seed)
+    pictures = walk(maker, kind, numbers, frames, rows, guidance, steps, seed, sampler, interval)
     zoom = max(1, 64 // pictures.shape[-1])
     if out.suffix == ".png":
         save_png(out, grid(pictures.flatten(0, 1), columns=frames, zoom=zoom))
@@ -62,10 +72,19 @@ def walk_to_file(
 
 @torch.no_grad()
 def walk(
-    maker: PictureMaker, kind: str, numbers: list[int], frames: int, rows: int, guidance: float, steps: int, seed: int
+    maker: PictureMaker,
+    kind: str,
+    numbers: list[int],
+    frames: int,
+    rows: int,
+    guidance: float,
+    steps: int,
+    seed: int,
+    sampler: str | None = None,
+    interval: Sequence[float] | None = None,
 ) -> Tensor:
-    """Pictures (rows, frames, C, H, W) in [0, 1], by DDIM, so that near starts give near pictures."""
-    table = maker.dit.y_embedder.embedding_table.weight
+    """Pictures (rows, frames, C, H, W) in [0, 1]; without noise on the way near starts give near pictures."""
+    table = cast(LabelEmbedder, cast(DiT, maker.dit).y_embedder).embedding_table.weight
     generator = torch.Generator().manual_seed(seed)
     first, last = (torch.randn(rows, 1, *maker.latent_shape, generator=generator) for _ in range(2))
     at = torch.linspace(0, 1, frames)
@@ -76,7 +95,8 @@ def walk(
         noise = first.expand(rows, frames, *maker.latent_shape)
         one, two = table[numbers[0]], table[numbers[1]]
         embeddings = torch.lerp(one, two, at.to(table)[:, None]).expand(rows, frames, -1)
-    pictures = maker.pictures(noise.flatten(0, 1), embeddings.flatten(0, 1), guidance, steps)
+    start, y = noise.flatten(0, 1), embeddings.flatten(0, 1)
+    pictures = maker.pictures(start, y, guidance, steps, sampler, interval=interval)
     return pictures.unflatten(0, (rows, frames))
 
 

@@ -6,7 +6,10 @@
 //   log_sum_exp = log(sum(exp(scale * q k^T))) over the keys             (B, T, heads)
 //
 //   grad_v = weights^T grad,   grad_q = scale * g k,   grad_k = scale * g^T q,
-//   with g = weights * (grad v^T - delta), delta = sum(grad * out) over d; weights are computed again from log_sum_exp
+//   with g = weights * (grad v^T - delta), delta = sum(grad * (out + rest)) over d; weights are computed again from log_sum_exp
+//
+// Where a weight is nearly 1, g is the difference of two numbers that are nearly the same: what rounding `out` to 16 bits does to delta
+// is then all of it. `rest` is what that rounding took.
 //
 // qkv has the given strides and no gaps inside (3D); everything else is contiguous. Tensors are in `dtype`; log_sum_exp and
 // the workspace in accum_t<dtype>. The caller owns every array. No size is 0; any alignment; any scale.
@@ -25,6 +28,7 @@ struct Attention {
   DType dtype;
   const void* qkv;
   void *out, *log_sum_exp;  // outputs of the forward, inputs of the backward
+  void* rest;               // the same, as out, of bf16 and f16; may be null
 };
 
 struct AttentionBackward {

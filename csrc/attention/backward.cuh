@@ -44,37 +44,44 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_mma(AttentionBac
     commit_copies();
   };
 
-  // delta = sum(grad * out) over a row, in the registers that the products below want it in.
+  // delta = sum(grad * (out + rest)) over a row: the diagonal of a product like grad v^T below. Where the result is one of the values, as
+  // with a weight of 1, both are then the same to the last bit, and their difference is 0 as it should be.
   Operand<T, kWidth, row_tiles> grad;
-  float delta[row_tiles][2], log_sum_exp[row_tiles][2];
+  float delta[row_tiles][2] = {}, log_sum_exp[row_tiles][2];
+  const auto add_to_delta = [&] {  // what lies in the second stage
+    const int row = lane / 4, holder = row * 4 + row / 2;  // of the row in each half of 8; the lane that has its diagonal
+#pragma unroll
+    for (int m = 0; m < row_tiles; ++m) {
+      float products[row_tiles][2][4];
+      clear(products);
+      multiply_rows<kWidth>(products, grad, stages + Plan::kStage, own_row + m * kMma);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        delta[m][half] += __shfl_sync(0xffffffffu, row % 2 ? products[m][half][2 * half + 1] : products[m][half][2 * half], holder);
+    }
+  };
   load_own(0, back.grad);
   load_own(1, {head.out.first, head.out.stride});
   wait_copies<0>();
   __syncthreads();
   grad.load(stages, own_row);
+  add_to_delta();
+  if (head.rest.first) {
+    __syncthreads();
+    load_own(1, {head.rest.first, head.rest.stride});
+    wait_copies<0>();
+    __syncthreads();
+    add_to_delta();
+  }
 #pragma unroll
-  for (int m = 0; m < row_tiles; ++m) {
-    delta[m][0] = delta[m][1] = 0;
-#pragma unroll
-    for (int k = 0; k < kWidth / kMma; ++k) {
-      uint32_t out[4];
-      load_a<kWidth>(out, stages + Plan::kStage, own_row + m * kMma, 2 * k);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 g = unpack_pair<T>(grad.pairs[m][k][i]), o = unpack_pair<T>(out[i]);
-        delta[m][i % 2] += g.x * o.x + g.y * o.y;
-      }
-    }
+  for (int m = 0; m < row_tiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      delta[m][half] += __shfl_xor_sync(0xffffffffu, delta[m][half], 1);
-      delta[m][half] += __shfl_xor_sync(0xffffffffu, delta[m][half], 2);
       const int row = first + own_row + m * kMma + half * 8 + lane / 4;
       log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first : 0.f;
       if (lane % 4 == 0 && row < head.tokens)
         reinterpret_cast<float2*>(back.statistics)[row] = make_float2(log_sum_exp[m][half], delta[m][half]);
     }
-  }
   __syncthreads();
   load_own(1, head.q);
   load_keys(0);

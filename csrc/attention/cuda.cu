@@ -21,8 +21,7 @@ template <class T, class F>
 int dispatch_width(int64_t head_dim, const F& f) {
   if (head_dim <= 32) return f(Width<32>{});
   if (head_dim <= 64) return f(Width<64>{});
-  if constexpr (sizeof(T) == 2)
-    if (head_dim <= 80) return f(Width<80>{});
+  if (head_dim <= 80) return f(Width<80>{});
   if (head_dim <= 96) return f(Width<96>{});
   return f(Width<kWidest>{});
 }
@@ -30,7 +29,7 @@ int dispatch_width(int64_t head_dim, const F& f) {
 template <class T>
 bool fits_tiles(const Attention& p) {
   const bool whole = p.head_dim % kVector<T> == 0 && p.batch_stride % kVector<T> == 0 && p.token_stride % kVector<T> == 0;
-  return sizeof(T) <= 4 && p.head_dim <= kWidest && p.tokens <= kMostTokens && whole && aligned(16, p.qkv, p.out);
+  return sizeof(T) <= 4 && p.head_dim <= kWidest && p.tokens <= kMostTokens && whole && aligned(16, p.qkv, p.out, p.rest);
 }
 
 // A block a tile of `rows` rows of one head of one sample.
@@ -63,8 +62,8 @@ int forward(const Attention& p, cudaStream_t stream) {
       using Plan = ForwardPlan<T, width.value>;
       return launch_tiles(forward_mma<T, width.value>, p, p, Plan::kRows, Plan::kSharedBytes, stream);
     } else {
-      using Plan = FmaPlan<width.value>;
-      return launch_tiles(forward_fma<width.value>, p, p, Plan::kRows, Plan::kForwardBytes, stream);
+      using Plan = FmaForward<width.value>;
+      return launch_tiles(forward_fma<width.value>, p, p, Plan::kRows, Plan::kBytes, stream);
     }
   });
 }
@@ -83,9 +82,9 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
         return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysBytes, stream);
       });
     } else {
-      using Plan = FmaPlan<width.value>;
-      return both(launch_tiles(backward_queries_fma<width.value>, b, p, Plan::kRows, Plan::kBackwardBytes, stream), [&] {
-        return launch_tiles(backward_keys_fma<width.value>, b, p, Plan::kRows, Plan::kBackwardBytes, stream);
+      using Plan = FmaBackward<width.value>;
+      return both(launch_tiles(backward_queries_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream), [&] {
+        return launch_tiles(backward_keys_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream);
       });
     }
   });

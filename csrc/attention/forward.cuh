@@ -117,8 +117,26 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
         total[m][half] = 1 / total[m][half];
       }
     // Nobody reads the stage that would be loaded next.
-    store_rows<kWidth>(stages + tiles % 2 * Plan::kStage + own_row * kWidth, sums, total, head.out.from(first + own_row),
-                       head.tokens - first - own_row, head.width);
+    T* const through = stages + tiles % 2 * Plan::kStage + own_row * kWidth;
+    const int row = first + own_row;
+    store_rows<kWidth>(through, sums, total, head.out.from(row), head.tokens - row, head.width);
+    if (head.rest.first) {
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float &a = sums[m][n][2 * half], &b = sums[m][n][2 * half + 1];
+            a *= total[m][half], b *= total[m][half];
+            const float2 stored = unpack_pair<T>(pack_pair<T>(a, b));
+            a -= stored.x, b -= stored.y;
+          }
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m) total[m][0] = total[m][1] = 1;
+      __syncwarp();  // before the same rows of the stage are written again
+      store_rows<kWidth>(through, sums, total, head.rest.from(row), head.tokens - row, head.width);
+    }
   }
 }
 

@@ -84,6 +84,11 @@ __global__ void __launch_bounds__(kThreads, 2) forward_scalar(Attention p) {
     }
     total = warp_sum(total);
     store_row(sums, 1 / total, head.out.from(task.row).first, task.column, head.width);
+    if (head.rest.first) {
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) sums[j] = sums[j] * (1 / total) - widen(narrow<T>(sums[j] * (1 / total)));
+      store_row(sums, A(1), head.rest.from(task.row).first, task.column, head.width);
+    }
     if (task.column == 0 && lane == 0) *head.log_sum_exp.from(task.row).first = largest + log(total);
   }
 }
@@ -102,6 +107,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_scalar(Attention
     const A log_sum_exp = *head.log_sum_exp.from(task.row).first;
     A delta = 0, sums[kLaneColumns] = {};
     for (int i = lane; i < head.width; i += kWarp) delta += widen(grad[i]) * widen(out[i]);
+    if (head.rest.first)
+      for (int i = lane; i < head.width; i += kWarp) delta += widen(grad[i]) * widen(head.rest.from(task.row).first[i]);
     delta = warp_sum(delta);
     if (task.column == 0 && lane == 0)
       back.statistics[2 * task.row] = log_sum_exp, back.statistics[2 * task.row + 1] = delta;

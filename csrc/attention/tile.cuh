@@ -32,18 +32,21 @@ struct Head {
   Rows<const T> q, k, v;
   Rows<T> out;
   Rows<A> log_sum_exp;
+  Rows<T> rest;  // where `first` is not null
 };
 template <class T>
 __device__ __forceinline__ Head<T> head_of(const Attention& p, int64_t index) {
   const int64_t sample = index / p.heads, head = index % p.heads, model = p.heads * p.head_dim, offset = head * p.head_dim;
   const T* q = static_cast<const T*>(p.qkv) + sample * p.batch_stride + offset;
+  const int64_t result = sample * p.tokens * model + offset;
   return {static_cast<int>(p.tokens),
           static_cast<int>(p.head_dim),
           {q, p.token_stride},
           {q + model, p.token_stride},
           {q + 2 * model, p.token_stride},
-          {static_cast<T*>(p.out) + sample * p.tokens * model + offset, model},
-          {static_cast<accum_t<T>*>(p.log_sum_exp) + sample * p.tokens * p.heads + head, p.heads}};
+          {static_cast<T*>(p.out) + result, model},
+          {static_cast<accum_t<T>*>(p.log_sum_exp) + sample * p.tokens * p.heads + head, p.heads},
+          {p.rest ? static_cast<T*>(p.rest) + result : nullptr, model}};
 }
 
 // The same for the backward.

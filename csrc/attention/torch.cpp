@@ -2,6 +2,7 @@
 //
 //   q, k, v (B, T, heads, d) = the thirds of qkv (B, T, 3D), D = heads * d
 //   out (B, T, D) = softmax(scale * q k^T) v, head by head          log_sum_exp (B, T, heads) over the keys
+//   rest (B, T, D) = what rounding out to 16 bits took from it: what our own kernels keep for the backward; else (B, 0, D)
 //
 // On the CPU the arithmetic is PyTorch's own flash attention, called through the dispatcher on strided views of qkv, so
 // nothing is copied on the way in or out of the forward; what is ours is the packing of the three gradients into one.
@@ -29,6 +30,8 @@ Shape shape_of(const Tensor& qkv, int64_t heads) {
   return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
 }
 
+Tensor no_rest(const Tensor& qkv, const Shape& s) { return allocate({s.batch, 0, s.heads * s.head_dim}, qkv.scalar_type(), qkv); }
+
 #ifdef CONVDIT_DEVICE_CUDA
 
 // The kernels read a head's rows 16 bytes at a time where its width allows it. One copy of rows that start elsewhere, or have
@@ -53,23 +56,28 @@ Attention params(const Tensor& qkv, const Shape& s, double scale) {
   return p;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool save) {
   const Tensor qkv = in_vectors(qkv_in, s);
+  const bool rounds = qkv.element_size() == 2;
   const Tensor out = allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
   const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv);
+  const Tensor rest = save && rounds ? allocate_like(out) : no_rest(qkv, s);
   Attention p = params(qkv, s, scale);
   p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  if (rest.numel() > 0) p.rest = rest.mutable_data_ptr();
   CONVDIT_RUN(attention, forward, qkv, p);
-  return {out, log_sum_exp};
+  return {out, log_sum_exp, rest};
 }
 
-void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp_in,
+void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp_in, const Tensor& rest_in,
               const Tensor& grad_qkv, const Shape& s, double scale) {
   const Tensor qkv = in_vectors(qkv_in, s), grad = in_vectors(dense(grad_in), s), out = in_vectors(dense(out_in), s);
+  const Tensor rest = in_vectors(dense(rest_in), s);
   const Tensor log_sum_exp = dense(log_sum_exp_in);
   const Tensor workspace = allocate({s.batch, s.heads, s.tokens, 2}, accumulate_dtype(qkv), qkv);
   AttentionBackward p{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr(), workspace.mutable_data_ptr()};
   p.forward.out = out.mutable_data_ptr(), p.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  if (rest.numel() > 0) p.forward.rest = rest.mutable_data_ptr();
   CONVDIT_RUN(attention, backward, qkv, p);
 }
 
@@ -105,17 +113,17 @@ Tensor heads_together(const Tensor& t, const Shape& s, int64_t size) {
 // The flash kernels read rows of d without gaps.
 Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
   const Tensor qkv = rows_without_gaps(qkv_in);
   StableIValue stack[7] = {from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
                            from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
   const Tensor out = to<Tensor>(stack[0]), log_sum_exp = to<Tensor>(stack[1]);
-  return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads)};
+  return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads), no_rest(qkv, s)};
 }
 
-void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp,
+void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp, const Tensor&,
               const Tensor& grad_qkv, const Shape& s, double scale) {
   const Tensor qkv = rows_without_gaps(qkv_in), grad = rows_without_gaps(grad_in), out = rows_without_gaps(out_in);
   StableIValue stack[10] = {from(by_heads(grad, s)), from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
@@ -131,16 +139,17 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
 
 #endif
 
-std::tuple<Tensor, Tensor> packed_attention_fwd(const Tensor& qkv, int64_t num_heads, double scale) {
+// `save`: with what the backward needs.
+std::tuple<Tensor, Tensor, Tensor> packed_attention_fwd(const Tensor& qkv, int64_t num_heads, double scale, bool save) {
   const Shape s = shape_of(qkv, num_heads);
   if (qkv.numel() == 0)
     return {allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv),
-            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv)};
-  return forward(qkv, s, scale);
+            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv), no_rest(qkv, s)};
+  return forward(qkv, s, scale, save);
 }
 
 Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp,
-                            int64_t num_heads, double scale) {
+                            const Tensor& rest, int64_t num_heads, double scale) {
   const Shape s = shape_of(qkv, num_heads);
   for (const auto& [name, t] : {std::tuple("grad", &grad), std::tuple("out", &out)}) {
     check_same_device(name, *t, "qkv", qkv);
@@ -150,16 +159,21 @@ Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&
   check_same_device("log_sum_exp", log_sum_exp, "qkv", qkv);
   check_shape("log_sum_exp", log_sum_exp, {s.batch, s.tokens, s.heads});
   check_dtype("log_sum_exp", log_sum_exp, accumulate_dtype(qkv));
+  check_same_device("rest", rest, "qkv", qkv);
+  check_shape("rest", rest, {s.batch, rest.numel() > 0 ? s.tokens : 0, s.heads * s.head_dim});
+  check_dtype("rest", rest, qkv.scalar_type());
   const Tensor grad_qkv = allocate_like(qkv);
   if (qkv.numel() == 0) return grad_qkv;
-  backward(grad, qkv, out, log_sum_exp, grad_qkv, s, scale);
+  backward(grad, qkv, out, log_sum_exp, rest, grad_qkv, s, scale);
   return grad_qkv;
 }
 
 #ifdef CONVDIT_SCHEMAS
 CONVDIT_SCHEMAS(m) {
-  m.def("packed_attention_fwd(Tensor qkv, int num_heads, float scale) -> (Tensor out, Tensor log_sum_exp)");
-  m.def("packed_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, int num_heads, float scale) -> Tensor");
+  m.def("packed_attention_fwd(Tensor qkv, int num_heads, float scale, bool save) -> (Tensor out, Tensor log_sum_exp, Tensor rest)");
+  m.def(
+      "packed_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, Tensor rest, int num_heads, float scale)"
+      " -> Tensor");
 }
 #endif
 

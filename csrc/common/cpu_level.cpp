@@ -33,11 +33,13 @@ CpuLevel detect() {
 }
 
 int64_t detect_cache() {
-  if (const char* wanted = std::getenv("CONVDIT_CACHE_BYTES")) return std::atoll(wanted);
+  if (const char* wanted = std::getenv("CONVDIT_CACHE_BYTES"); wanted != nullptr && *wanted != '\0')
+    return std::strtoll(wanted, nullptr, 10);  // convdit/_library.py has refused what is not a number
   // Not sysconf(): on some virtual machines it multiplies the size by cores that are not there.
   long kilobytes = 0;
   if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    char text[32];  // "32768K"
+    if (std::fgets(text, sizeof text, file) != nullptr) kilobytes = std::strtol(text, nullptr, 10);
     std::fclose(file);
   }
   return int64_t{kilobytes > 0 ? kilobytes : 32768} << 10;

@@ -31,7 +31,7 @@ int allow_shared_bytes(Kernel* kernel, int64_t bytes) {
   return static_cast<int>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads of a block that works on one row of `width` elements, `vector` a thread: whole warps, at most `most`.
 inline unsigned row_threads(int64_t width, int64_t vector, int64_t most) {

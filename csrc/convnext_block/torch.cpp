@@ -102,7 +102,7 @@ struct Mlp {
   }
 
   // One part. Where nothing is kept for a backward, `wide` may be hidden_part and `product` may be u.
-  void forward(int64_t count, const Tensor& x, const Tensor& u, Tensor hidden_part, const Tensor& wide, const Tensor& norm,
+  void forward(int64_t count, const Tensor& x, const Tensor& u, const Tensor& hidden_part, const Tensor& wide, const Tensor& norm,
                const Tensor& product, const Tensor& out) const {
     multiply(u, torch::stable::transpose(weight1, 0, 1), hidden_part);
     Grn p{grn_shape(count)};

@@ -1,145 +1,18 @@
 // CUDA kernels of the depthwise convolution and the LayerNorm after it; see depthwise_conv.h for the formulas.
 //
-// K = 7 in float32 and the halves: a block goes down a strip of the map, tile by tile, for 32 channels. The tile's rows of x and the
-// halo around them lie in a ring in shared memory, so that going on to the next tile loads new rows only. Everything else (other
+// K = 7 in float32 and the halves: strips.cuh, and with the LayerNorm in the same launch strips_layer_norm.cuh. Everything else (other
 // kernel sizes, float64, channels that do not fill vectors) takes a thread an output. Sums over the map are taken in parts, and the
 // parts added in order by a second launch: no atomics.
 #include "depthwise_conv/depthwise_conv.h"
 
-#include "common/depthwise.cuh"
 #include "common/layer_norm_backward.cuh"
+#include "depthwise_conv/strips_layer_norm.cuh"
 
 namespace convdit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kEnoughBlocks = 1024;
-
-// ---- tiles, K = 7 ---------------------------------------------------------------------------------------------------------
-// A unit is 2 rows of 7 columns (maps of ImageNet's networks are 56, 28, 14 and 7 wide); a tile is `Across` x `Down` units.
-template <class T, int Across, int Down>
-struct Tile {
-  static constexpr int kUnitRows = 2, kUnitColumns = 7;
-  static constexpr int kRows = kUnitRows * Down, kColumns = kUnitColumns * Across;
-  static constexpr int kRing = kRows + 2 * kRadius, kWidth = kColumns + 2 * kRadius;  // of x, with the halo
-  // In elements of T. One unit across: the two units of a warp are two rows apart, and must not meet in the same banks.
-  static constexpr int kRingRow = kWidth * kChannels + (Across == 1 && sizeof(T) == 2 ? 16 : 0);
-  static constexpr int kRingSize = kRing * kRingRow, kSize = kRows * kColumns * kChannels;
-
-  // Copies `rows` rows of a map from row `first` on, Width columns from `column` on, zeros outside the map, to a ring of `slots` rows of
-  // `shared_row` elements, the first into slot `slot`. A thread keeps its column and channels and goes down.
-  template <int Threads, int Width>
-  static __device__ __forceinline__ void stage(const T* map, int64_t height, int64_t map_width, int64_t channels, int64_t c0, int64_t first,
-                                               int rows, int64_t column, int slot, int slots, int shared_row, T* shared) {
-    constexpr int vector = kVector<T>, vectors = kChannels / vector, places = Width * vectors;
-    constexpr int lanes = places < Threads ? Threads / places : 1;  // rows at once
-    for (int i = threadIdx.x; i < places * lanes; i += Threads) {
-      const int c = i % vectors * vector, x = i / vectors % Width;
-      const int64_t w = column + x, top = first < 0 ? 0 : first;
-      const bool inside = w >= 0 && w < map_width && c0 + c < channels;
-      const T* from = inside ? map + w * channels + c0 + c : map;
-      // Rows `begin` to `end` - 1 lie in the map.
-      const int begin = inside ? static_cast<int>(top - first) : rows, end = height - first < rows ? static_cast<int>(height - first) : rows;
-      const int64_t step = lanes * map_width * channels;
-      const unsigned count = end > begin ? end - begin : 0;
-      int y = i / places;
-      from += (first + y) * map_width * channels;
-      const unsigned row = shared_row * sizeof(T), ring = slots * row, base = shared_address(shared + x * kChannels + c), end_of_ring = base + ring;
-      unsigned to = base + (slot + y) % slots * row;
-      for (; y < rows; y += lanes, from += step) {
-        copy_async<16>(to, from, static_cast<unsigned>(y - begin) < count);
-        to += lanes * row;
-        if (to >= end_of_ring) to -= ring;
-      }
-    }
-  }
-};
-
-// The tiles of all maps: down a strip first.
-struct Tiles {
-  int64_t rows, columns, groups;  // tiles of a map, and groups of channels
-};
-template <class Tile>
-Tiles tiles_of(int64_t height, int64_t width, int64_t channels) {
-  return {ceil_div(height, Tile::kRows), ceil_div(width, Tile::kColumns), ceil_div(channels, kChannels)};
-}
-
-// ---- forward and input gradient, K = 7 --------------------------------------------------------------------------------------
-// A half warp has a unit, two channels a lane. `run`: how many tiles of a strip a block does.
-template <class T, class Tile>
-constexpr int kForwardThreads = Tile::kRows / Tile::kUnitRows * (Tile::kColumns / Tile::kUnitColumns) * kChannels / 2;
-template <class T, class Tile>
-constexpr int kForwardBytes = Tile::kRingSize * sizeof(T) + kTapCount * kWeightRow * sizeof(float);
-
-template <class T, class Tile>
-__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_strips(DepthwiseConv p, Tiles tiles, int64_t run) {
-  constexpr int threads = kForwardThreads<T, Tile>, rows = Tile::kUnitRows, columns = Tile::kUnitColumns, across = Tile::kColumns / columns;
-  extern __shared__ __align__(16) unsigned char bytes[];
-  T* const ring = reinterpret_cast<T*>(bytes);
-  float* const weights = reinterpret_cast<float*>(bytes + Tile::kRingSize * sizeof(T));
-  const float* bias = static_cast<const float*>(p.bias);
-  const int c = threadIdx.x % (kChannels / 2) * 2, unit = threadIdx.x / (kChannels / 2);
-  const int unit_column = unit % across * columns, unit_row = unit / across * rows;
-  const int64_t runs = (tiles.rows + run - 1) / run, tasks = p.batch * tiles.columns * runs * tiles.groups;
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t c0 = task % tiles.groups * kChannels, strip = task / tiles.groups;
-    const int64_t image = strip / runs / tiles.columns, w0 = strip / runs % tiles.columns * Tile::kColumns;
-    const int64_t first = strip % runs * run * Tile::kRows, last = first + run * Tile::kRows < p.height ? first + run * Tile::kRows : p.height;
-    const T* map = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels;
-    const bool exists = c0 + c < p.channels;
-    __syncthreads();  // the strip before may still be read
-    stage_weights<threads>(static_cast<const float*>(p.weight), c0, p.channels, p.flip, weights);
-    int slot = 0;  // of the tile's first row of x
-    for (int64_t h0 = first; h0 < last; h0 += Tile::kRows) {
-      const int kept = h0 == first ? 0 : 2 * kRadius;  // rows of the halo that the tile before has loaded
-      if (kept > 0) {
-        __syncthreads();  // it may still read the others
-        slot = (slot + Tile::kRows) % Tile::kRing;
-      }
-      Tile::template stage<threads, Tile::kWidth>(map, p.height, p.width, p.channels, c0, h0 - kRadius + kept, Tile::kRing - kept,
-                                                  w0 - kRadius, (slot + kept) % Tile::kRing, Tile::kRing, Tile::kRingRow, ring);
-      finish_copies();
-      float sum[rows][columns][2], start[2] = {};
-      if (bias && exists) load(bias + c0 + c, 2, false, start);
-#pragma unroll
-      for (int i = 0; i < rows; ++i)
-#pragma unroll
-        for (int j = 0; j < columns; ++j) sum[i][j][0] = start[0], sum[i][j][1] = start[1];
-      float taps[rows][kTaps][2];  // output row 1 takes the kernel row that row 0 took one row of x ago
-      const auto add_row = [&](int kernel_row, auto first_row, auto second_row) {
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) {
-          taps[1][k][0] = taps[0][k][0], taps[1][k][1] = taps[0][k][1];
-          if constexpr (decltype(first_row)::value) load(weights + (kernel_row * kTaps + k) * kWeightRow + c, 2, true, taps[0][k]);
-        }
-        const int row = slot + unit_row + kernel_row, place = row < Tile::kRing ? row : row - Tile::kRing;
-        const T* from = ring + place * Tile::kRingRow + unit_column * kChannels + c;
-#pragma unroll
-        for (int column = 0; column < columns + 2 * kRadius; ++column) {
-          float v[2];
-          load(from + column * kChannels, 2, true, v);
-          if constexpr (decltype(first_row)::value) add_taps(column - kRadius, v, taps[0], sum[0]);
-          if constexpr (decltype(second_row)::value) add_taps(column - kRadius, v, taps[1], sum[1]);
-        }
-      };
-      add_row(0, std::true_type{}, std::false_type{});
-#pragma unroll 2  // the taps change places by name
-      for (int kernel_row = 1; kernel_row < kTaps; ++kernel_row) add_row(kernel_row, std::true_type{}, std::true_type{});
-      add_row(kTaps, std::false_type{}, std::true_type{});
-      if (!exists) continue;
-      const int64_t h = h0 + unit_row, w = w0 + unit_column;
-      const int inside = p.width - w < columns ? static_cast<int>(p.width - w) : columns;
-#pragma unroll
-      for (int i = 0; i < rows; ++i) {
-        if (h + i >= p.height) break;
-        T* y = static_cast<T*>(p.y) + ((image * p.height + h + i) * p.width + w) * p.channels + c0 + c;
-#pragma unroll
-        for (int j = 0; j < columns; ++j, y += p.channels)
-          if (j < inside) store(y, 2, true, sum[i][j]);
-      }
-    }
-  }
-}
 
 // ---- forward, any K ------------------------------------------------------------------------------------------------------
 template <class T>
@@ -296,6 +169,9 @@ int weight_grad(const DepthwiseConvWeightGrad& p, cudaStream_t stream) {
 // ---- the LayerNorm of each site's channels: one sample of as many tokens as there are sites -----------------------------------
 template <class T>
 int forward_layer_norm(const DepthwiseConvLayerNorm& p, cudaStream_t stream) {
+  const int fast = with_tile<T>(p.conv, aligned(16, p.conv.x, p.conv.y, p.out, p.ln_weight, p.ln_bias),
+                                [&](auto tile) { return launch_norm_strips<T, decltype(tile)>(p, stream); });
+  if (fast >= 0) return fast;
   if (const int status = forward<T>(p.conv, stream)) return status;
   NormForward n{};
   n.batch = 1, n.tokens = p.conv.batch * p.conv.height * p.conv.width, n.width = p.conv.channels, n.eps = p.eps;

@@ -25,9 +25,18 @@ __global__ void clear_map(Neighbors p) {
   for (int64_t i = first_index(); i < p.images * p.height * p.width; i += step()) p.map[i] = -1;
 }
 
+// The three numbers of a site come in through shared memory: read by their own thread, each would be a request for all of a warp's sectors.
 __global__ void write_rows(Neighbors p) {
-  for (int64_t i = first_index(); i < p.count; i += step()) {
-    const Site site = site_of(p, i);
+  __shared__ int64_t indices[3 * kThreads];
+  for (int64_t first = blockIdx.x * int64_t{kThreads}; first < p.count; first += step()) {
+    __syncthreads();  // those before may still be read
+    for (int i = threadIdx.x; i < 3 * kThreads; i += kThreads)
+      if (3 * first + i < 3 * p.count) indices[i] = p.indices[3 * first + i];
+    __syncthreads();
+    const int64_t i = first + threadIdx.x;
+    const int64_t* own = indices + 3 * threadIdx.x;
+    if (i >= p.count) continue;
+    const Site site{own[0], own[1], own[2]};
     if (site.inside(p)) p.map[site.cell(p)] = static_cast<int32_t>(i);
   }
 }

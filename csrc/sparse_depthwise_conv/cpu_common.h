@@ -16,20 +16,20 @@ constexpr int kSide = 7, kHalf = 3, kTaps = 49;
 template <class A>
 int64_t vectors_of(int64_t channels) { return ceil_div(channels, lanes<A>); }
 
-// The first n lanes, at no cost where there are masks. Elsewhere the specialised kernels see whole vectors only, and the
-// channels left over go to the general ones.
-#if defined(__AVX512BW__) || defined(CONVDIT_EMULATE_AVX512)
-constexpr bool kMasks = true;
-CONVDIT_INLINE Vec<float> load_some(const float* p, int64_t n) { return load(p, n); }
-CONVDIT_INLINE void store_some(float* p, Vec<float> v, int64_t n) { store(p, v, n); }
-#else
-constexpr bool kMasks = false;
-CONVDIT_INLINE Vec<float> load_some(const float* p, int64_t) { return load(p); }
-CONVDIT_INLINE void store_some(float* p, Vec<float> v, int64_t) { store(p, v); }
-#endif
+// A vector of channels. The last one overlaps the one before it, so that it is full, too: a masked load costs the units that
+// multiply. Only where there are fewer channels than lanes a vector is not full.
+struct Channels {
+  int64_t first, lanes;
+};
+template <class A>
+CONVDIT_INLINE Channels channels_of(int64_t channels, int64_t vector) {
+  return {larger(0, smaller(vector * lanes<A>, channels - lanes<A>)), smaller(lanes<A>, channels)};
+}
 
-// How many channel vectors the specialised kernels take.
-inline int64_t special_vectors(int64_t channels) { return kMasks ? vectors_of<float>(channels) : channels / kFloats; }
+// Whether the specialised kernels take it. They know float and full vectors only.
+inline bool is_special(int64_t kernel, int64_t block, int64_t channels) {
+  return kernel == kSide && (block == 8 || block == 4 || block == 2) && channels >= kFloats;
+}
 
 // The row of the site at (y, x), counted from the first site of the block with this row of the table, or -1.
 CONVDIT_INLINE int32_t neighbor_site(const int32_t* table, int64_t block, int64_t radius, int64_t y, int64_t x) {
@@ -55,9 +55,29 @@ constexpr bool has_column(int C) {
   return C >= -kHalf && C < B + kHalf && (Sides & (C < 0 ? 1 : C < B ? 2 : 4));
 }
 template <int B, int C>
-CONVDIT_INLINE Vec<float> load_column(const BlockRow& x, int row, int64_t channels, int64_t n) {
+CONVDIT_INLINE Vec<float> load_column(const BlockRow& x, int row, int64_t channels) {
   constexpr int column = C < 0 ? C + B : C < B ? C : C - B;
-  return load_some((C < 0 ? x.left : C < B ? x.middle : x.right) + (row * B + column) * channels, n);
+  return load((C < 0 ? x.left : C < B ? x.middle : x.right) + (row * B + column) * channels);
+}
+
+// Memory that is needed soon, fetched to the second-level cache in equal steps: all at once, the lines would hold up the loads
+// that are waited for.
+template <bool Write>
+struct Ahead {
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float* next;
+  int64_t lines;  // a step
+
+  Ahead(const float* from, int64_t size, int64_t steps) : next(from), lines(ceil_div(size, steps * kLine)) {}
+  CONVDIT_INLINE void step() {
+    for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, Write, 2);
+  }
+};
+// The first block of x that the blocks of 8 or 4 up to `block` do not read: later blocks have later neighbours.
+inline int64_t read_until(const int32_t* neighbors, int64_t block) {
+  for (int i = 8; i > 4; --i)
+    if (neighbors[block * 9 + i] >= 0) return neighbors[block * 9 + i] + 1;
+  return block + 1;
 }
 
 constexpr int64_t kConvertedPerTask = 1 << 14;

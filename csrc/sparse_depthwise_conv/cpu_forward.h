@@ -17,76 +17,79 @@ struct Forward {
   A* y;
   const A *weight, *bias;  // weight packed: (channel vector, tap, lane)
 
-  Vec<A> bias_of(int64_t vector, int64_t n) const {
-    const A* b = bias + vector * lanes<A>;
-    return bias == nullptr ? Vec<A>{} : n == lanes<A> ? load(b) : load(b, n);
+  template <bool Full = true>
+  Vec<A> bias_at(int64_t channel, int64_t n = lanes<A>) const {
+    return bias == nullptr ? Vec<A>{} : load_lanes<Full>(bias + channel, n);
   }
-  int64_t lanes_of(int64_t vector) const { return smaller(p.channels - vector * lanes<A>, int64_t{lanes<A>}); }
+  Channels channels(int64_t vector) const { return channels_of<A>(p.channels, vector); }
 };
 
 // ---- blocks of 8 and 4: R rows of B outputs at a time ---------------------------------------------------------------
-// Adds what one kernel row brings to the output rows First..Last; output row First reads the row `row` of x.
+// Adds what one kernel row brings to the output rows First..Last; output row First reads the row `row` of x. The rows take
+// turns: one alone would be a few chains of products that wait for one another.
 template <int B, int First, int Last, int Sides>
-CONVDIT_INLINE void add_rows(Vec<float>* out, const BlockRow& x, int row, int64_t channels, const float* weights, int64_t n) {
+CONVDIT_INLINE void add_rows(Vec<float>* out, const BlockRow& x, int row, int64_t channels, const float* weights) {
   Vec<float> w[kSide];
   unroll<kSide>([&]<int k>() CONVDIT_FLAT { w[k] = load(weights + k * kFloats); });
-  unroll<Last - First + 1>([&]<int r>() CONVDIT_FLAT {
-    unroll<B + 2 * kHalf>([&]<int i>() CONVDIT_FLAT {
-      constexpr int column = i - kHalf;
-      if constexpr (has_column<B, Sides>(column)) {
-        const Vec<float> v = load_column<B, column>(x, row + r, channels, n);
+  unroll<B + 2 * kHalf>([&]<int i>() CONVDIT_FLAT {
+    constexpr int column = i - kHalf;
+    if constexpr (has_column<B, Sides>(column)) {
+      unroll<Last - First + 1>([&]<int r>() CONVDIT_FLAT {
+        const Vec<float> v = load_column<B, column>(x, row + r, channels);
         unroll<kSide>([&]<int k>() CONVDIT_FLAT {
           constexpr int o = column - k + kHalf;
           if constexpr (o >= 0 && o < B) out[(First + r) * B + o] += v * w[k];
         });
-      }
-    });
+      });
+    }
   });
 }
 
 // All kernel rows with which output rows top..top + R - 1 read the blocks x, dy rows of blocks below.
 template <int B, int R, int Sides>
-CONVDIT_INLINE void add_block_row(Vec<float>* out, const BlockRow& x, int dy, int top, int64_t channels, const float* weights, int64_t n) {
+CONVDIT_INLINE void add_block_row(Vec<float>* out, const BlockRow& x, int dy, int top, int64_t channels, const float* weights) {
   const int enter = B * dy - top + kHalf;  // the kernel row with which output row `top` reads row 0 of the blocks
   const int first = enter > 0 ? enter : 0;
   const auto taps = [&](int kh) CONVDIT_FLAT { return weights + kh * kSide * kFloats; };
   if constexpr (R == 1) {
-    for (int kh = first; kh < enter + B && kh < kSide; ++kh) add_rows<B, 0, 0, Sides>(out, x, kh - enter, channels, taps(kh), n);
+    for (int kh = first; kh < enter + B && kh < kSide; ++kh) add_rows<B, 0, 0, Sides>(out, x, kh - enter, channels, taps(kh));
   } else {
     static_assert(R == 2);
-    if (enter >= 1 && enter <= kSide) add_rows<B, 1, 1, Sides>(out, x, 0, channels, taps(enter - 1), n);
-    for (int kh = first; kh < enter + B - 1 && kh < kSide; ++kh) add_rows<B, 0, 1, Sides>(out, x, kh - enter, channels, taps(kh), n);
+    if (enter >= 1 && enter <= kSide) add_rows<B, 1, 1, Sides>(out, x, 0, channels, taps(enter - 1));
+    for (int kh = first; kh < enter + B - 1 && kh < kSide; ++kh) add_rows<B, 0, 1, Sides>(out, x, kh - enter, channels, taps(kh));
     const int leave = enter + B - 1;
-    if (leave >= 0 && leave < kSide) add_rows<B, 0, 0, Sides>(out, x, B - 1, channels, taps(leave), n);
+    if (leave >= 0 && leave < kSide) add_rows<B, 0, 0, Sides>(out, x, B - 1, channels, taps(leave));
   }
 }
 
-inline void block8(const Forward<float>& f, int64_t block, int64_t vector, int64_t n) {
+inline void block8(const Forward<float>& f, int64_t block, int64_t vector, Ahead<false>& next_x, Ahead<true>& next_y) {
   constexpr int B = 8, R = kVectorRegisters >= 32 ? 2 : 1;
-  const int64_t channels = f.p.channels, channel = vector * kFloats;
+  const int64_t channels = f.p.channels, channel = f.channels(vector).first;
   const float* weights = f.weight + vector * kTaps * kFloats;
-  const Vec<float> bias = f.bias_of(vector, n);
+  const Vec<float> bias = f.bias_at(channel);
   for (int top = 0; top < B; top += R) {
+    next_x.step(), next_y.step();
     Vec<float> out[R * B];
     unroll<R * B>([&]<int i>() CONVDIT_FLAT { out[i] = bias; });
     for (int dy = top < kHalf ? -1 : 0; dy <= (top + R - 1 + kHalf >= B ? 1 : 0); ++dy) {
       const BlockRow x = block_row<B>(f.p.neighbors + block * 9 + (dy + 1) * 3, f.x + channel, channels);
       unroll<7>([&]<int i>() CONVDIT_FLAT {
-        if (x.sides == i + 1) add_block_row<B, R, i + 1>(out, x, dy, top, channels, weights, n);
+        if (x.sides == i + 1) add_block_row<B, R, i + 1>(out, x, dy, top, channels, weights);
       });
     }
     float* y = f.y + (block * B * B + top * B) * channels + channel;
-    unroll<R * B>([&]<int i>() CONVDIT_FLAT { store_some(y + i * channels, out[i], n); });
+    unroll<R * B>([&]<int i>() CONVDIT_FLAT { store(y + i * channels, out[i]); });
   }
 }
+constexpr int64_t kSteps8 = kVectorRegisters >= 32 ? 4 : 8;
 
 // ---- blocks of 4: a whole block of outputs at a time (half of one where there are 16 registers), every loop unrolled ----
 template <int Top, int Rows>
-CONVDIT_INLINE void tile4(const Forward<float>& f, int64_t block, int64_t vector, int64_t n) {
+CONVDIT_INLINE void tile4(const Forward<float>& f, int64_t block, int64_t vector) {
   constexpr int B = 4;
-  const int64_t channels = f.p.channels, channel = vector * kFloats;
+  const int64_t channels = f.p.channels, channel = f.channels(vector).first;
   const float* weights = f.weight + vector * kTaps * kFloats;
-  const Vec<float> bias = f.bias_of(vector, n);
+  const Vec<float> bias = f.bias_at(channel);
   Vec<float> out[Rows * B];
   unroll<Rows * B>([&]<int i>() CONVDIT_FLAT { out[i] = bias; });
   unroll<9>([&]<int neighbor>() CONVDIT_FLAT {
@@ -97,58 +100,46 @@ CONVDIT_INLINE void tile4(const Forward<float>& f, int64_t block, int64_t vector
       constexpr int shift = Top + k - kHalf - dy * B;  // output row r reads the block's row r + shift
       constexpr int first = shift < 0 ? -shift : 0, last = B - 1 - shift < Rows - 1 ? B - 1 - shift : Rows - 1;
       if constexpr (first <= last)
-        add_rows<B, first, last, 1 << column>(out, x, first + shift, channels, weights + k * kSide * kFloats, n);
+        add_rows<B, first, last, 1 << column>(out, x, first + shift, channels, weights + k * kSide * kFloats);
     });
   });
   float* y = f.y + (block * B * B + Top * B) * channels + channel;
-  unroll<Rows * B>([&]<int i>() CONVDIT_FLAT { store_some(y + i * channels, out[i], n); });
+  unroll<Rows * B>([&]<int i>() CONVDIT_FLAT { store(y + i * channels, out[i]); });
 }
 
-inline void block4(const Forward<float>& f, int64_t block, int64_t vector, int64_t n) {
+inline void block4(const Forward<float>& f, int64_t block, int64_t vector, Ahead<false>& next_x, Ahead<true>& next_y) {
+  next_x.step(), next_y.step();
   if constexpr (kVectorRegisters >= 32) {
-    tile4<0, 4>(f, block, vector, n);
+    tile4<0, 4>(f, block, vector);
   } else {
-    tile4<0, 2>(f, block, vector, n);
-    tile4<2, 2>(f, block, vector, n);
+    tile4<0, 2>(f, block, vector);
+    tile4<2, 2>(f, block, vector);
   }
 }
 
 // ---- blocks of 8 and 4 ----------------------------------------------------------------------------------------------
-// Fetches, while `vector` is computed, what is needed next: a part of the block that the next one is the first to read, to the
-// second-level cache, and the cache lines of this block that are written two vectors on.
-template <int B>
-CONVDIT_INLINE void prefetch_next(const Forward<float>& f, int64_t block, int64_t vector, int64_t vectors) {
-  constexpr int64_t area = B * B, line = 64 / sizeof(float);
-  const auto last_neighbor = [&](int64_t block) CONVDIT_FLAT {
-    const int32_t* q = f.p.neighbors + block * 9;
-    return q[8] >= 0 ? q[8] : q[7] >= 0 ? q[7] : q[6] >= 0 ? q[6] : q[5];
-  };
-  if (vector % (line / kFloats) == 0 && vector + line / kFloats < vectors) {
-    const float* y = f.y + block * area * f.p.channels + vector * kFloats + line;
-    for (int64_t i = 0; i < area; ++i) __builtin_prefetch(y + i * f.p.channels, 1, 3);
-  }
-  if (block + 1 == f.p.blocks) return;
-  const int64_t next = last_neighbor(block + 1);
-  if (next <= last_neighbor(block)) return;
-  const Range part = part_of(area * f.p.channels, vectors, vector);
-  for (int64_t i = part.first; i < part.last; i += line) __builtin_prefetch(f.x + next * area * f.p.channels + i, 0, 2);
-}
-
 template <int B>
 void forward_blocks(const Forward<float>& f, const Runner& run) {
   constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8, kVectorsAtOnce = 12;
-  const int64_t blocks = f.p.blocks, vectors = special_vectors(f.p.channels);
+  const int64_t blocks = f.p.blocks, vectors = vectors_of<float>(f.p.channels), size = B * B * f.p.channels;
   run(ceil_div(blocks, kBlocksPerTask), [&](int64_t task) {
     const int64_t first = task * kBlocksPerTask, end = smaller(first + kBlocksPerTask, blocks);
     // Few vectors at once, so that their weights stay in the first-level cache; block by block, as memory has them and as
     // the same branches are taken for each vector.
-    for (int64_t begin = 0; begin < vectors; begin += kVectorsAtOnce)
-      for (int64_t block = first; block < end; ++block)
-        for (int64_t vector = begin; vector < smaller(begin + kVectorsAtOnce, vectors); ++vector) {
-          prefetch_next<B>(f, block, vector, vectors);
-          if constexpr (B == 8) block8(f, block, vector, f.lanes_of(vector));
-          else block4(f, block, vector, f.lanes_of(vector));
+    for (int64_t begin = 0; begin < vectors; begin += kVectorsAtOnce) {
+      int64_t read = read_until(f.p.neighbors, first);
+      for (int64_t block = first; block < end; ++block) {
+        const int64_t next = smaller(block + 1, blocks - 1), until = larger(read, read_until(f.p.neighbors, next));
+        const int64_t last = smaller(begin + kVectorsAtOnce, vectors), steps = (last - begin) * (B == 8 ? kSteps8 : 1);
+        Ahead<false> next_x(f.x + read * size, (until - read) * size, steps);
+        Ahead<true> next_y(f.y + next * size, size, steps);
+        read = until;
+        for (int64_t vector = begin; vector < last; ++vector) {
+          if constexpr (B == 8) block8(f, block, vector, next_x, next_y);
+          else block4(f, block, vector, next_x, next_y);
         }
+      }
+    }
   });
 }
 
@@ -186,13 +177,13 @@ inline void list_sources(const int32_t* table, Sources2& list) {
 }
 
 template <int V>
-void block2(const Forward<float>& f, const Sources2& list, int64_t block, int64_t vector, int64_t n) {
+void block2(const Forward<float>& f, const Sources2& list, int64_t block, int64_t vector) {
   constexpr int B = 2;
-  const int64_t channels = f.p.channels, channel = vector * kFloats;
+  const int64_t channels = f.p.channels, channel = f.channels(vector).first;
   const float *const x = f.x + channel, *const weights = f.weight + vector * kTaps * kFloats;
   Vec<float> out[V * B * B];
   unroll<V>([&]<int v>() CONVDIT_FLAT {
-    const Vec<float> bias = f.bias_of(vector + v, n);
+    const Vec<float> bias = f.bias_at(channel + v * kFloats);
     unroll<B * B>([&]<int o>() CONVDIT_FLAT { out[v * B * B + o] = bias; });
   });
   int s = 0;
@@ -205,7 +196,7 @@ void block2(const Forward<float>& f, const Sources2& list, int64_t block, int64_
         unroll<B * B>([&]<int i>() CONVDIT_FLAT {
           constexpr int iy = i / B, ix = i % B;
           if constexpr ((meets(rows, iy, 0) || meets(rows, iy, 1)) && (meets(columns, ix, 0) || meets(columns, ix, 1))) {
-            const Vec<float> value = load_some(in + i * channels + v * kFloats, n);
+            const Vec<float> value = load(in + i * channels + v * kFloats);
             unroll<B * B>([&]<int o>() CONVDIT_FLAT {
               constexpr int oy = o / B, ox = o % B;
               if constexpr (meets(rows, iy, oy) && meets(columns, ix, ox))
@@ -218,7 +209,7 @@ void block2(const Forward<float>& f, const Sources2& list, int64_t block, int64_
   });
   float* y = f.y + block * B * B * channels + channel;
   unroll<V>([&]<int v>() CONVDIT_FLAT {
-    unroll<B * B>([&]<int o>() CONVDIT_FLAT { store_some(y + o * channels + v * kFloats, out[v * B * B + o], n); });
+    unroll<B * B>([&]<int o>() CONVDIT_FLAT { store(y + o * channels + v * kFloats, out[v * B * B + o]); });
   });
 }
 
@@ -226,26 +217,27 @@ constexpr int64_t kListedBlocks = 16;
 
 inline void forward_blocks2(const Forward<float>& f, const Runner& run) {
   constexpr int V = kVectorRegisters >= 32 ? 4 : 2;
-  const int64_t blocks = f.p.blocks, vectors = special_vectors(f.p.channels), full = f.p.channels / kFloats;
+  const int64_t blocks = f.p.blocks, vectors = vectors_of<float>(f.p.channels), full = f.p.channels / kFloats;
   run((blocks + kListedBlocks - 1) / kListedBlocks, [&](int64_t task) {
     const int64_t first = task * kListedBlocks, count = smaller(kListedBlocks, blocks - first);
     Sources2 lists[kListedBlocks];
     for (int64_t i = 0; i < count; ++i) list_sources(f.p.neighbors + (first + i) * 25, lists[i]);
     int64_t vector = 0;
     for (; vector + V <= full; vector += V)
-      for (int64_t i = 0; i < count; ++i) block2<V>(f, lists[i], first + i, vector, kFloats);
+      for (int64_t i = 0; i < count; ++i) block2<V>(f, lists[i], first + i, vector);
     for (; vector < vectors; ++vector)
-      for (int64_t i = 0; i < count; ++i) block2<1>(f, lists[i], first + i, vector, f.lanes_of(vector));
+      for (int64_t i = 0; i < count; ++i) block2<1>(f, lists[i], first + i, vector);
   });
 }
 
 // ---- any kernel, any block: lists of present taps, site by site ---------------------------------------------------
 template <bool Full, int V, class A>
-CONVDIT_INLINE void convolve_site(const Forward<A>& f, const Source* source, const Source* end, int64_t row, int64_t vector, int64_t taps, int64_t n) {
-  const int64_t channels = f.p.channels, channel = vector * lanes<A>;
+CONVDIT_INLINE void convolve_site(const Forward<A>& f, const Source* source, const Source* end, int64_t row, int64_t vector, int64_t taps) {
+  const int64_t channels = f.p.channels;
+  const auto [channel, n] = f.channels(vector);
   const A *const x = f.x + channel, *const weights = f.weight + vector * taps * lanes<A>;
   Vec<A> out[V];
-  unroll<V>([&]<int v>() CONVDIT_FLAT { out[v] = f.bias_of(vector + v, n); });
+  unroll<V>([&]<int v>() CONVDIT_FLAT { out[v] = f.template bias_at<Full>(channel + v * lanes<A>, n); });
   for (; source != end; ++source) {
     const A *in = x + source->row * channels, *w = weights + source->tap * lanes<A>;
     unroll<V>([&]<int v>() CONVDIT_FLAT { out[v] += load_lanes<Full>(in + v * lanes<A>, n) * load(w + v * taps * lanes<A>); });
@@ -271,38 +263,36 @@ inline Source* list_taps(const SparseDepthwise& p, int64_t row, int64_t radius, 
 
 constexpr int64_t kRoom = kSparseDepthwiseMaxKernel * kSparseDepthwiseMaxKernel, kListedSites = 16;
 
-// The channel vectors from `begin` on.
 template <class A>
-void forward_sites(const Forward<A>& f, int64_t begin, const Runner& run) {
+void forward_sites(const Forward<A>& f, const Runner& run) {
   constexpr int V = 4;
   const int64_t taps = f.p.kernel * f.p.kernel, radius = (f.p.kernel / 2 + f.p.block - 1) / f.p.block;
   const int64_t rows = f.p.blocks * f.p.block * f.p.block, per_task = smaller(kRoom / taps, kListedSites);
   const int64_t vectors = vectors_of<A>(f.p.channels), full = f.p.channels / lanes<A>;
-  if (begin == vectors) return;
   run((rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t first = task * per_task, count = smaller(per_task, rows - first);
     Source sources[kRoom + 1];
     Source* ends[kListedSites + 1];
     ends[0] = sources;
     for (int64_t i = 0; i < count; ++i) ends[i + 1] = list_taps(f.p, first + i, radius, ends[i]);
-    int64_t vector = begin;
-    for (; vector + V <= full; vector += V)
-      for (int64_t i = 0; i < count; ++i) convolve_site<true, V>(f, ends[i], ends[i + 1], first + i, vector, taps, lanes<A>);
-    for (; vector < full; ++vector)
-      for (int64_t i = 0; i < count; ++i) convolve_site<true, 1>(f, ends[i], ends[i + 1], first + i, vector, taps, lanes<A>);
-    if (vector < vectors)
-      for (int64_t i = 0; i < count; ++i) convolve_site<false, 1>(f, ends[i], ends[i + 1], first + i, vector, taps, f.lanes_of(vector));
+    const auto convolve = [&]<bool Full, int W>(int64_t vector) CONVDIT_FLAT {
+      for (int64_t i = 0; i < count; ++i) convolve_site<Full, W>(f, ends[i], ends[i + 1], first + i, vector, taps);
+    };
+    int64_t vector = 0;
+    if (full == 0) return convolve.template operator()<false, 1>(vector);
+    for (; vector + V <= full; vector += V) convolve.template operator()<true, V>(vector);
+    for (; vector < vectors; ++vector) convolve.template operator()<true, 1>(vector);
   });
 }
 
-// weight (C, taps) -> (channel vector, tap, lane), absent lanes 0, turned by 180 degrees if asked.
+// weight (C, taps) -> (channel vector, tap, lane), turned by 180 degrees if asked.
 template <class A>
 void pack_weight(const SparseDepthwise& p, const Runner& run) {
   const int64_t taps = p.kernel * p.kernel;
   run(vectors_of<A>(p.channels), [&](int64_t vector) {
-    const int64_t channel = vector * lanes<A>;
-    pack_taps(static_cast<const A*>(p.weight) + channel * taps, smaller(p.channels - channel, lanes<A>), taps, p.flip,
-              static_cast<A*>(p.workspace) + channel * taps);
+    const Channels c = channels_of<A>(p.channels, vector);
+    pack_taps(static_cast<const A*>(p.weight) + c.first * taps, c.lanes, taps, p.flip,
+              static_cast<A*>(p.workspace) + vector * lanes<A> * taps);
   });
 }
 
@@ -310,16 +300,14 @@ template <class A>
 void forward(const SparseDepthwise& p, const A* x, A* y, const Runner& run) {
   pack_weight<A>(p, run);
   const Forward<A> f{p, x, y, static_cast<const A*>(p.workspace), static_cast<const A*>(p.bias)};
-  int64_t done = 0;  // channel vectors
   if constexpr (sizeof(A) == sizeof(float)) {  // float64 need not be fast
-    if (p.kernel == kSide && (p.block == 8 || p.block == 4 || p.block == 2)) {
-      done = special_vectors(p.channels);
-      if (p.block == 8) forward_blocks<8>(f, run);
-      if (p.block == 4) forward_blocks<4>(f, run);
-      if (p.block == 2) forward_blocks2(f, run);
+    if (is_special(p.kernel, p.block, p.channels)) {
+      if (p.block == 8) return forward_blocks<8>(f, run);
+      if (p.block == 4) return forward_blocks<4>(f, run);
+      return forward_blocks2(f, run);
     }
   }
-  forward_sites(f, done, run);
+  forward_sites(f, run);
 }
 
 }  // namespace

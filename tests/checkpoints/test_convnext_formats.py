@@ -123,6 +123,20 @@ def test_an_fcmae_with_dense_layers_is_read_and_needs_encoder_only_to_be_written
     assert_same(out, official_state(bare))
 
 
+@pytest.mark.parametrize("shape", [(-1,), (1, -1), (1, 1, 1, -1)])
+def test_grn_of_any_shape_is_read_in_every_format(classifier, assert_same, shape):
+    ours = classifier()
+    for theirs in (
+        ours,
+        official_state(ours),
+        timm_state(ours, True),
+        transformers_state(ours, "convnextv2."),
+        checkpoints.convert(ours, "fcmae_minkowski"),
+    ):
+        other = {key: value.view(shape) if ".grn." in key else value for key, value in theirs.items()}
+        assert_same(checkpoints.convert(other, "convdit"), ours)
+
+
 def test_every_pair_of_formats_round_trips(classifier, assert_same):
     ours = classifier()
     names = ["convdit", "convnextv2_official", "timm", "transformers", "fcmae_minkowski"]

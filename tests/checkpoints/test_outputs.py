@@ -1,9 +1,13 @@
 """Converted weights give the foreign models' outputs, and load strictly into ours."""
 
+import argparse
+
 import pytest
 import torch
 
 from convdit import checkpoints, models
+from convdit.diffusion import RectifiedFlow
+from tests.models import dit_eager
 
 DEPTHS, DIMS = (1, 1, 2, 1), (8, 12, 16, 24)
 
@@ -65,19 +69,22 @@ def test_the_names_and_shapes_of_timms_full_size_models(name):
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in ours.items()}
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
 @pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
-def test_transformers_logits_and_the_way_back(images, version):
+def test_transformers_logits_and_the_way_back(images, version, eps):
     import transformers
 
     kind = "ConvNextV2" if version == 2 else "ConvNext"
-    # Their final LayerNorm has eps 1e-12 by default; the official eps makes the two models equal.
+    # Their final LayerNorm has eps 1e-12 by default: the official eps in theirs or theirs in ours makes the two equal.
     config = getattr(transformers, f"{kind}Config")(
-        depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=5, layer_norm_eps=1e-6
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), num_labels=5, layer_norm_eps=eps
     )
     theirs = randomise(getattr(transformers, f"{kind}ForImageClassification")(config))
     name = "convnextv2_tiny" if version == 2 else "convnext_tiny"
     ours = models.create(name, num_classes=5, depths=DEPTHS, dims=DIMS).eval()
+    assert ours.norm.eps == 1e-6
+    ours.norm.eps = eps
     ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "convdit"))
     assert_close(ours(images), theirs(images).logits)
     randomise(ours, seed=2)
@@ -192,16 +199,26 @@ def test_the_names_and_shapes_of_the_full_size_dit_of_diffusers():
     assert {k: v.shape for k, v in there.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+@pytest.mark.parametrize("kind", ["bare", "training", "sit"])
 @torch.no_grad()
-def test_a_sit_computes_the_first_half_of_what_a_dit_of_its_weights_does():
-    from convdit.diffusion import RectifiedFlow
-
-    ours = randomise(dit())
-    sit = checkpoints.convert(ours.state_dict(), "sit")
-    loaded = dit().eval()
-    loaded.load_state_dict(checkpoints.convert(sit, "convdit", source="sit"))
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.7]), torch.tensor([3, 9])
-    assert torch.equal(RectifiedFlow().velocity(loaded, x, t, y=y), ours(x, t, y)[:, :4])
+def test_a_file_of_dit_or_sit_gives_the_outputs_of_the_definition(kind, tmp_path):
+    """Of both, every tensor random; the definition is written out in float64, in the official names."""
+    official = randomise(dit(), seed=3).state_dict()
+    saved = {"bare": official, "training": {"model": dit().state_dict(), "ema": official, "opt": {}}}
+    saved["sit"] = {"model": official, "ema": official, "args": argparse.Namespace(path_type="Linear")}
+    torch.save(saved[kind], tmp_path / "official.pt")
+    loaded = checkpoints.load(tmp_path / "official.pt")
+    assert checkpoints.detect(loaded) == ("sit" if kind == "sit" else "dit_official")
+    ours = dit().eval()
+    ours.load_state_dict(checkpoints.convert(loaded, "convdit"))
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0.0, 0.25, 0.7]) if kind == "sit" else torch.tensor([0, 17, 999])
+    y = torch.tensor([0, 9, 10])
+    exact = {name: value.double() for name, value in official.items()}
+    expected = dit_eager.model(exact, x.double(), t, y, 4)
+    assert_close(ours(x, t, y).double(), expected)
+    if kind == "sit":
+        assert_close(RectifiedFlow().velocity(ours, x, t, y=y).double(), expected[:, :4])
 
 
 def test_a_dit_conditioned_on_text_is_checked_and_kept():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from convdit.diffusion import GaussianDiffusion
-from tests.models.test_dit import small
+from tests.models.test_dit import small, text, text_model
 
 
 class Toy:
@@ -200,15 +200,56 @@ def test_clipping_keeps_the_estimate_between_the_darkest_and_the_brightest():
         assert x.abs().max() <= 1 + 1e-5
 
 
-def test_guided_samples_run_through_the_cache_and_equal_those_without():
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_guided_samples_run_through_the_cache_and_equal_those_without(sampler, monkeypatch):
     d = GaussianDiffusion(respacing="5")
     model = small(input_size=4, in_channels=3)
+    for parameter in model.parameters():  # tame: what a step gets wrong would grow with every further one
+        parameter.data.mul_(0.5)
     noise, y = torch.randn(2, 3, 4, 4), torch.tensor([1, 2])
     options = {"noise": noise, "y": y, "cfg_scale": 1.5, "channels": "all"}
-    plain = d.sample(model.forward_with_cfg, noise.shape, "ddim", **options)
-    with model.cache_modulation(d.timesteps, y, guidance=True):
-        cached = d.sample(model.forward_with_cfg, noise.shape, "ddim", **options)
-    torch.testing.assert_close(cached, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+    def sample(cache):
+        kind = sampler
+        if sampler[0].isupper():
+            kind = linear_scheduler(sampler)
+        forward, generator = model.forward_with_cfg, seeded()
+        return d.sample(forward, noise.shape, kind, generator=generator, cache_modulation=cache, **options)
+
+    plain = sample(False)
+    with monkeypatch.context() as patch:  # the blocks' own products must not run
+        patch.setattr(type(model.blocks[0]), "modulation", lambda *_: pytest.fail("not from the cache"))
+        cached = sample(True)
+        with pytest.raises(pytest.fail.Exception, match="not from the cache"):
+            sample(False)
+    torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+    assert model._cache is None
+
+
+def test_samples_of_a_text_are_guided_and_look_at_no_masked_token():
+    d = GaussianDiffusion(respacing="5")
+    model = text_model(input_size=4, in_channels=3)
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    y, mask = text(model, n=2)
+    other = torch.where(mask[..., None], y, torch.randn_like(y))
+    noise = torch.randn(2, 3, 4, 4)
+
+    def sample(y, scale):
+        guided = {"cfg_scale": scale, "channels": "all"}
+        return d.sample(model.forward_with_cfg, noise.shape, "ddim", noise=noise, y=y, y_mask=mask, **guided)
+
+    plain = d.sample(model, noise.shape, "ddim", noise=noise, y=y, y_mask=mask)
+    close = {"rtol": 1e-4, "atol": 1e-4 * plain.abs().max().item()}
+    torch.testing.assert_close(sample(y, 1.0), plain, **close)
+    assert torch.equal(sample(y, 3.0), sample(other, 3.0))
+    assert not torch.allclose(sample(y, 3.0), plain, rtol=1e-2, atol=1e-2)
+
+
+def test_a_cache_is_refused_where_the_model_has_none():
+    d = GaussianDiffusion(respacing="2")
+    with pytest.raises(TypeError, match="cache_modulation: expected a model that has it, .* got Toy"):
+        d.sample(Toy(d, PICTURE), (1, 3, 4, 4), "ddim", cache_modulation=True)
 
 
 def test_samples_carry_no_graph_and_take_the_dtype_of_the_noise():

@@ -264,6 +264,7 @@ Halved = type("Block", (Dropped,), {"forward": Dropped.forward})
         (lambda: nn.Conv2d(8, 8, 4, padding="same", groups=8), "4x4 kernel"),
         (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="circular"), "circular"),
         (lambda: nn.Conv2d(8, 8, 3, padding=1), "no operator for it"),
+        (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), "a 3x3 kernel gains on few maps"),
     ],
 )
 def test_what_is_not_known_is_left_and_the_reason_is_given(model, reason):
@@ -321,7 +322,6 @@ def test_grn_and_depthwise_convolution_alone(channels_last):
 @pytest.mark.parametrize(
     ("kernel", "dtype", "grad", "fast"),
     [
-        (3, torch.float32, True, False),
         (5, torch.float32, True, True),
         (5, torch.float32, False, False),
         (7, torch.float32, False, True),
@@ -329,9 +329,10 @@ def test_grn_and_depthwise_convolution_alone(channels_last):
         (7, torch.bfloat16, True, True),
     ],
 )
-def test_a_convolution_that_gains_nothing_is_left_alone(kernel, dtype, grad, fast):
+def test_a_convolution_is_computed_by_us_only_where_that_gains_and_the_report_says_where(kernel, dtype, grad, fast):
     model = nn.Conv2d(32, 32, kernel, padding=kernel // 2, groups=32, dtype=dtype)
-    assert convdit.accelerate(model).swapped
+    (entry,) = convdit.accelerate(model).swapped
+    assert "with gradients, and in float32 without from 7x7 on" in entry.note
     images = torch.randn(2, 32, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     with Operators() as ran, torch.set_grad_enabled(grad):
         model(images)

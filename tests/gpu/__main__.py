@@ -149,8 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     environment = {"PYTHONPATH": str(ROOT)}
     if dry:
-        from tests.simt import build
+        from tests.simt import build, summary
 
+        summary.begin(summary.GPU_CHECK)
         device, capability = "the executor", ""
         environment["CONVDIT_LIBRARY_DIR"] = str(build.operators())
     elif not torch.cuda.is_available():

@@ -12,7 +12,8 @@ import os
 import pytest
 import torch
 
-from tests.simt.plugin import choose
+from tests.simt import summary
+from tests.simt.plugin import choose, library, take_cpu_tensors_for_cuda
 
 DRY = os.environ.get("CONVDIT_GPU_CHECK") == "dry"
 DEVICE = "cpu" if DRY else "cuda"
@@ -48,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     key = "CPU" if DRY else "CUDA"
     if not DRY and not convdit.build_info()["cuda"]:
         raise pytest.UsageError(f"the CUDA library is not loaded: {convdit.build_info()['cuda_reason']}")
+    take_cpu_tensors_for_cuda()
     config.redirected = torch.library.Library("convdit", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("convdit::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
@@ -59,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    if DRY:
+        summary.add(summary.GPU_CHECK, launches=library().launches, findings=len(library().findings()))
     terminalreporter.write_line(
         f"{calls} calls of operators on {'the executor' if DRY else torch.cuda.get_device_name()}"
     )

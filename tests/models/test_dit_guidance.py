@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convdit.models import DiT
+from convdit.models.modulation_cache import table_bytes
 from convdit.nn.dit_block import CONDITIONINGS
 
 from .test_dit import inputs, small, text, text_model
@@ -133,26 +134,64 @@ def test_guidance_compiles_to_one_graph():
     torch.testing.assert_close(compiled(x, t, y, **options), model.forward_with_cfg(x, t, y, **options))
 
 
-@pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln"])
-def test_cached_modulation_gives_the_same_output_to_rounding(conditioning):
-    model = small(conditioning=conditioning)
+class Products(TorchDispatchMode):
+    """Counts the matrix products whose result is so many columns wide."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.rows = columns, []
+
+    def __torch_dispatch__(self, op, types, arguments=(), options=None):
+        out = op(*arguments, **(options or {}))
+        if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) and out.shape[-1] in self.columns:
+            self.rows.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize(("conditioning", "rows"), [("adaln_zero", 6), ("adaln", 4)])
+def test_cached_modulation_gives_the_same_output_to_rounding_by_one_product(conditioning, rows):
+    model = small(conditioning=conditioning, mlp_ratio=2.5)  # no other product is as wide as these
     x, t, y = inputs(model)
     expected, guided = model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)
-    calls = []
-    model.blocks[1].adaLN_modulation.register_forward_hook(lambda *_: calls.append(1))
-    with model.cache_modulation([0, 3, 500, 999], y, guidance=True):
-        torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-5)
-        again = model.forward_with_cfg(x, t, y, 2.0)
-        torch.testing.assert_close(again, guided, rtol=1e-4, atol=1e-5)
-        assert len(calls) == 1, "the adaLN ran once, for the whole table"
-    assert torch.equal(model(x, t, y), expected)
-    assert len(calls) == 2
+    width = model.hidden_size
+    columns = {rows * width, 2 * width, (3 * rows + 2) * width}  # of a block, of the final layer, of all
+    with Products(columns) as products, model.cache_modulation([0, 3, 500, 999], y, guidance=True):
+        again, guided_again = model(x, t, y), model.forward_with_cfg(x, t, y, 2.0)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided_again, guided, rtol=1e-4, atol=1e-5)
+    # Four timesteps with the three labels 0, 1, 7, of which 7 is the null label.
+    assert products.rows == [(4 * 3, (3 * rows + 2) * width)]
+    with Products(columns) as products:
+        assert torch.equal(model(x, t, y), expected)
+    assert len(products.rows) == 4, "the counter sees the products of the blocks, too"
 
 
 def test_cache_states_its_memory():
     model = small(depth=2)
     with model.cache_modulation(range(10), torch.tensor([1, 4, 1]), guidance=True) as cache:
-        assert cache.nbytes == 10 * 3 * (6 * 2 + 2) * 24 * 4
+        assert cache.nbytes == 10 * 3 * (6 * 2 + 2) * 24 * 4 == table_bytes(model, 10, 3)
+    assert table_bytes(small(conditioning="in_context"), 10, 3) == 0
+
+
+def test_cache_refuses_an_adapter_whose_weight_is_not_the_whole():
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = small()
+    model.blocks[1].adaLN_modulation[1] = Adapter(24, 6 * 24)
+    with pytest.raises(TypeError, match="expected nn.Linear in adaLN_modulation, got Adapter"):
+        with model.cache_modulation([1], torch.tensor([1])):
+            pass
+
+
+def test_cache_takes_timesteps_of_any_float_dtype_as_the_model_does():
+    model = small()
+    x, _, y = inputs(model)
+    t = torch.tensor([0.1, 1 / 3, 7.7], dtype=torch.float64)
+    expected = model(x, t, y)
+    with model.cache_modulation(t, y):
+        torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_uncached_timestep_or_label_raises_and_is_named():

@@ -1,7 +1,8 @@
-"""Training a DiT: gradient checkpointing, one graph, and two processes under DDP and FSDP2."""
+"""Training a DiT: fused residual chain, gradient checkpointing, one graph, and two processes under DDP and FSDP2."""
 
 import copy
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from convdit import ops
 from convdit.diffusion import GaussianDiffusion
 from convdit.nn.dit_block import CONDITIONINGS
 
@@ -45,6 +47,24 @@ def test_every_design_is_one_graph(conditioning):
     model = small(depth=1, conditioning=conditioning)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs(model)), model(*inputs(model)))
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "expected"),
+    [
+        # The first norm has no residual to add; every later one, the final layer's too, is one pass over the stream.
+        ("adaln_zero", {"layer_norm_modulate": 1, "gated_residual_layer_norm_modulate": 6}),
+        ("adaln", {"layer_norm_modulate": 7}),
+    ],
+)
+def test_every_half_block_reads_and_writes_the_residual_stream_once(conditioning, expected, monkeypatch):
+    calls = Counter()
+    for name in ("layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate"):
+        original = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, n=name, f=original, **k: calls.update([n]) or f(*a, **k))
+    model = small(conditioning=conditioning)
+    model(*inputs(model))
+    assert calls == expected
 
 
 def _process(rank, folder):

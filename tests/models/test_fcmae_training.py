@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from convdit import models
-from convdit.nn import DepthwiseConv2d
+from convdit.nn import ConvNeXtBlock, DepthwiseConv2d
 from convdit.sparse import random_patch_mask
 
 from .recomputation import check_gradient_checkpointing
@@ -43,7 +44,7 @@ def test_no_nan_and_no_overflow_under_autocast(dtype, init, sparse):
     torch.manual_seed(0)
     model = models.FCMAE("convnextv2_atto", 32, 8, init=init, sparse=sparse, **options)
     images = 5 * torch.randn(3, 1, 32, 32)
-    if init == "fixed":  # with official weights 1/std of a constant row sends gradients past float16's range
+    if init == "fixed":  # official weights: see the next test
         images[1] = 0
     mask = random_patch_mask(3, (4, 4), 0.6, torch.Generator().manual_seed(0))
     expected = model(images, mask)
@@ -59,6 +60,49 @@ def test_no_nan_and_no_overflow_under_autocast(dtype, init, sparse):
     torch.testing.assert_close(out.loss, expected.loss, rtol=0.02, atol=0)
     for name, p in model.named_parameters():
         assert p.grad.isfinite().all(), name
+
+
+def plain_block(block, x):
+    """A `ConvNeXtBlock` in PyTorch's own functions."""
+    weights = dict(block.named_parameters())
+    y = F.conv2d(x.permute(0, 3, 1, 2), weights["dwconv.weight"], weights["dwconv.bias"], padding=3, groups=x.shape[3])
+    y = F.layer_norm(y.permute(0, 2, 3, 1), x.shape[3:], weights["norm.weight"], weights["norm.bias"], 1e-6)
+    y = F.gelu(F.linear(y, weights["pwconv1.weight"], weights["pwconv1.bias"]))
+    norm = y.norm(dim=(1, 2), keepdim=True)
+    y = y + weights["grn.gamma"] * (y * (norm / (norm.mean(-1, keepdim=True) + 1e-6))) + weights["grn.beta"]
+    return x + F.linear(y, weights["pwconv2.weight"], weights["pwconv2.bias"])
+
+
+def test_gradients_of_an_image_of_zeros_leave_float16_in_plain_pytorch_too():
+    """Where all features are zero each block multiplies gradients by its weights over sqrt(eps), a thousand."""
+
+    def gradients_of(forward, dtype):
+        torch.manual_seed(0)
+        blocks = [ConvNeXtBlock(64) for _ in range(2)]
+        for layer in (each for block in blocks for each in (block.dwconv, block.pwconv1, block.pwconv2)):
+            torch.nn.init.trunc_normal_(layer.weight)  # as the official code draws them
+            torch.nn.init.zeros_(layer.bias)
+        x, weight = torch.randn(2, 3, 8, 8, 64)
+        x[1] = 0
+        if dtype == torch.float64:
+            x, weight, blocks = x.double(), weight.double(), [block.double() for block in blocks]
+        y = x.requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            for block in blocks:
+                y = forward(block, y)
+        (y * weight).sum().backward()
+        assert y.isfinite().all()
+        parameters = [(i, name, p) for i, block in enumerate(blocks) for name, p in block.named_parameters()]
+        return x.grad, {(i, name) for i, name, p in parameters if not p.grad.isfinite().all()}
+
+    exact, infinite = gradients_of(plain_block, torch.float64)
+    assert not infinite and exact[1].abs().max() > 1e11 and exact[[0, 2]].abs().max() < 1e3
+    ours, infinite = gradients_of(lambda block, x: block(x), torch.float16)
+    theirs, theirs_infinite = gradients_of(plain_block, torch.float16)
+    assert infinite == theirs_infinite and len(infinite) > 10
+    assert not ours[1].isfinite().any() and not theirs[1].isfinite().any()
+    for gradient in (ours, theirs):
+        torch.testing.assert_close(gradient[[0, 2]].double(), exact[[0, 2]], rtol=0, atol=5)
 
 
 def test_official_first_weights_are_those_of_the_public_code():

@@ -19,6 +19,7 @@ from torch import Tensor
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 LOW_DTYPES = list(EPS)
 FLOOR_ULPS = 4
+THREADS = (1, 2, 3, 2)
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -190,7 +191,7 @@ def assert_repeats_for_any_threads(case: Case, dtype: torch.dtype = torch.float3
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 3, 2):
+        for threads in THREADS:
             torch.set_num_threads(threads)
             values, gradients = run(case.op, case, args)
             results.append([*values, *gradients])

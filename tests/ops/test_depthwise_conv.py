@@ -56,6 +56,7 @@ CASES = [make(*shape) for shape in [*SHAPES, *KERNELS] for make in (conv_case, n
 CASES += [
     conv_case(2, 7, 8, 20, bias=False, name="without bias"),
     norm_case(1, 8, 8, 96, name="large mean", offset=100.0),
+    norm_case(5, 8, 7, 72, name="large mean, tiles", offset=100.0),
     conv_case(2, 8, 8, 40, name="small values", scale=1e-4),
 ]
 # Too few values a row for a rule that compares the largest error of a row, or too slow in PyTorch's halves.
@@ -92,6 +93,17 @@ def test_error_rule(case, dtype):
 @pytest.mark.parametrize("k", [15, 31])
 def test_error_rule_for_large_kernels(k):
     harness.assert_error_rule(conv_case(1, 10, 33, 20, k), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(128, 7, 7, 8), (8, 56, 56, 8)])
+def test_norm_of_as_many_tiles_as_a_gpu_has_for_one_launch(shape):
+    """Too many short rows for the error rule."""
+    case = norm_case(*shape)
+    args = harness.inputs(case, torch.float32, requires_grad=True)
+    exact = [a.detach().double().requires_grad_() for a in args]
+    ours, right = harness.run(case.op, case, args), harness.run(case.reference, case, exact)
+    for o, r in zip([*ours[0], *ours[1]], [*right[0], *right[1]], strict=True):
+        assert (o - r).abs().max() < 1e-5 * r.abs().max()
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -130,6 +130,44 @@ def test_compiles_whole_and_once_for_all_batches(name):
     assert counts[0] > 0 and set(counts) == {counts[0]}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_without_gradients_it_runs_what_eager_mode_runs(name):
+    """Not the forward that keeps values for a backward."""
+    torch._dynamo.reset()
+    graphs, layer, args = [], Layer(name), inputs(name)
+
+    def keep(module, _):
+        graphs.append({node.target for node in module.graph.nodes if "convdit" in str(node.target)})
+        return module
+
+    with torch.no_grad():
+        torch.compile(layer, backend=keep, fullgraph=True)(*args)
+        with Calls() as calls:
+            layer(*args)
+    ran = {func._schema.name.replace("::", ".") for func, _ in calls.made}
+    assert {str(target) for graph in graphs for target in graph} == ran
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_transforms_are_right_or_refuse(name):
+    layer, (x, *rest) = Layer(name).requires_grad_(False), inputs(name)
+    transforms = {
+        "grad": lambda x: torch.func.grad(lambda x: loss(layer(x, *rest)))(x),
+        "jvp": lambda x: torch.func.jvp(lambda x: layer(x, *rest), (x,), (x,)),
+    }
+    for key, function in transforms.items():
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager")
+        if key == "grad":
+            torch.testing.assert_close(compiled(x), function(x))
+        else:
+            with pytest.raises(NotImplementedError, match="jvp"):
+                compiled(x)
+
+
 def export(name, layer):
     args, n = inputs(name), torch.export.Dim("n", min=2, max=64)
     shapes = ({0: 24 * n if "sparse" in name else n}, *({0: n},) * (len(args) - 1))
@@ -171,7 +209,10 @@ def test_exported_programs_run_in_a_fresh_process(tmp_path):
     assert_right_in_a_fresh_process("torch.export.load(path).module()", paths)
 
 
-@pytest.mark.parametrize("name", [n if n == "convnext_block" else pytest.param(n, marks=SLOW) for n in NAMES])
+REPRESENTATIVE = ("convnext_block", "sparse_grn")
+
+
+@pytest.mark.parametrize("name", [n if n in REPRESENTATIVE else pytest.param(n, marks=SLOW) for n in NAMES])
 def test_aotinductor_packages_run_in_a_fresh_process(name, tmp_path):
     layer, path = Layer(name), tmp_path / f"{name}.pt2"
     with torch.no_grad():

@@ -1,8 +1,9 @@
 """What each kernel moves and needs, held against tests/simt/budget.json.
 
 Of each kernel at each shape, counted on the executor: 32-byte sectors of global memory and wavefronts of shared memory
-against the fewest for the bytes asked for; bytes moved against bytes that must move once; instructions. From ptxas:
-registers, spills, and the share of an A100's threads that they and shared memory leave room for.
+against the fewest for the bytes asked for; bytes moved against bytes that must move once, and those; instructions. From
+ptxas: registers, spills, and the share of an A100's threads that they and shared memory leave room for. Where a figure
+is worse than it should be, "why" says what stands in the way.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from . import build
+from . import build, summary
 from .code import ptxas
 
 BUDGET = Path(__file__).parent / "budget.json"
-LARGER_IS_WORSE = ("sectors", "wavefronts", "moved", "instructions", "registers", "spills")
+LARGER_IS_WORSE = ("sectors", "wavefronts", "moved", "memory", "instructions", "registers", "spills")
 SMALLER_IS_WORSE = ("occupancy", "multiply-adds")
 TOLERANCE = 1.005
 
@@ -51,6 +52,7 @@ def calls() -> Iterator[tuple[str, str, Callable, list]]:
         conv = [randn(dtype, 1, 28, 28, 96), torch.randn(96, 1, 7, 7), *(torch.randn(96) for _ in range(3))]
         name = f"depthwise_conv2d_layer_norm 1x28x28x96 {kind}"
         yield "depthwise_conv", name, ops.depthwise_conv2d_layer_norm, conv
+        yield "depthwise_conv", f"{name} without gradients", torch.no_grad()(ops.depthwise_conv2d_layer_norm), conv
         map_ = [randn(dtype, 1, 56, 56, 96), torch.randn(96, 1, 7, 7), torch.randn(96)]
         yield "depthwise_conv", f"depthwise_conv2d 1x56x56x96 {kind}", ops.depthwise_conv2d, map_
         for block in (8, 4, 2, 1):
@@ -103,7 +105,7 @@ def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
     library = Library(folder / "libconvdit_ops.so")
     library.set_counting(True)
     static = {}
-    for room in rooms:
+    for room in {*rooms, "sites"}:  # sparse operators launch those of the sites too
         output = build.nvcc_output(build.ROOT / "csrc" / room / "cuda.cu", "compute_80", build.ROOT / "csrc")
         static |= ptxas(output / "kernels.ptx", "sm_80")
     rows = {}
@@ -114,7 +116,8 @@ def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
         inputs = [t.requires_grad_() for t in inputs]
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs])
+        if outputs[0].requires_grad:
+            torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs])
         if library.findings():
             raise SystemExit(f"{name}: {library.findings()[0].text}")
         for launch in library.traffic():
@@ -124,6 +127,7 @@ def measure(rooms: list[str]) -> dict[str, dict[str, float]]:
             row["occupancy"] = occupancy(static[kernel]["registers"], launch["shared"], launch["threads"])
             key = f"{room}: {name}: {short(library.demangled[kernel])}"
             rows[key if key not in rows else f"{key} (again)"] = row
+    summary.add("budget", launches=library.launches)
     return rows
 
 
@@ -140,6 +144,7 @@ def counted(launch: dict, code: dict) -> dict[str, float]:
     row = {
         "sectors": units[0] / max(1, ideal[0]),
         "moved": 32 * units[0] / max(1, compulsory),
+        "memory": compulsory / 1024,
         "instructions": opcodes.total(),
     }
     if (share := opcodes["fma.rn.f32"] / max(1, opcodes.total())) > 0.3:  # where the kernel is mostly arithmetic
@@ -168,16 +173,21 @@ def worse(now: dict, before: dict) -> list[str]:
 def main(arguments: list[str]) -> int:
     """`--update`: write what is measured. Rooms: these alone; their rows of the budget alone count."""
     update, rooms = "--update" in arguments, [a for a in arguments if a != "--update"]
+    share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
+    rooms = rooms[share::shares]
     now = measure(rooms)
     everything = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     before = {key: row for key, row in everything.items() if key.split(":")[0] in rooms}
     if update:
         kept = {key: row for key, row in everything.items() if key not in before}
+        for key in now.keys() & before.keys():
+            now[key] |= {k: v for k, v in before[key].items() if k == "why"}
         BUDGET.write_text(json.dumps(kept | now, indent=1, sort_keys=True) + "\n")
         print(f"{len(now)} launches written to {BUDGET.relative_to(build.ROOT)}")
         return 0
     found = worse(now, before)
-    print("\n".join([*found, f"budget: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"]))
+    summed = f"budget of {', '.join(rooms)}: {len(now)} launches, {len(found)} worse than tests/simt/budget.json"
+    print("\n".join([*found, summed]))
     return bool(found)
 
 

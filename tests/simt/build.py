@@ -21,7 +21,8 @@ from .translate import translate
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = Path(__file__).resolve().parent / "runtime"
 BUILD = ROOT / "build" / "simt"
-ARCHITECTURES = ("compute_80", "compute_90")
+FEW_BLOCKS = 3  # a limit of grids, so that kernels which loop over their tasks do so on small inputs
+ENOUGH_TILES = 4  # maps from which a convolution and its LayerNorm are one launch: small, as our inputs are
 CXX = os.environ.get("CXX", "g++")
 # -O1: kernels are large and run on small inputs. Integers wrap and nothing is contracted, as on the GPU.
 KERNEL_FLAGS = [
@@ -146,6 +147,7 @@ def nvcc_output(cuda: Path, architecture: str, include: Path, most_blocks: int =
     """
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{include}", "-Xcompiler", "-fPIC"]
     flags += ["-gencode", f"arch={architecture},code={architecture}"]
+    flags += [f"-DCONVDIT_ENOUGH_TILES={ENOUGH_TILES}"]
     flags += [f"-DCONVDIT_MOST_BLOCKS={most_blocks}"] if most_blocks else []
 
     def make(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What ptxas makes of the kernels: no spills and no local memory on any GPU, and the instructions of the fast paths.
 
 The PTX for compute_80 is assembled for each architecture that we build for; nvdisasm (package nvidia-cuda-nvdisasm)
-shows the code for sm_80.
+shows the code for sm_80. And each file compiles for each of them by itself, with no header but ours and CUDA's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from . import build
@@ -24,22 +23,33 @@ FAST = [
     ("attention", r"_mma<", (COPY, "HMMA", "LDSM", STORE)),
     ("attention", r"_fma<", (COPY,)),
     ("depthwise_conv", r"(forward_strips|weight_tiles)<", (COPY,)),
+    ("depthwise_conv", r"forward_norm_strips<", (COPY, LOAD, STORE)),
     ("grn", r"sum_tiles<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
     ("grn", r"apply_(forward|backward)<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
     ("sparse_depthwise_conv", r"(forward|weight)_windows<", (COPY,)),
 ]
 
 
-def ptxas(ptx: Path, architecture: str, cubin: str = os.devnull) -> dict[str, dict[str, int]]:
+def assembled(ptx: Path, architecture: str) -> Path:
+    """A folder with the machine code (kernels.cubin) of a PTX file, and what ptxas says of it (ptxas.txt)."""
+    command = ["ptxas", f"-arch={architecture}", "-v", str(ptx)]
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        done = subprocess.run([*command, "-o", str(folder / "kernels.cubin")], capture_output=True, text=True)
+        if done.returncode:
+            raise build.BuildError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        (folder / "ptxas.txt").write_text(done.stderr)
+
+    contents = build.digest(ptx.read_bytes(), architecture, build.machine())
+    return build.made(build.BUILD / "ptxas" / f"{architecture}-{contents}", make)
+
+
+def ptxas(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
     """Of each kernel (by symbol): registers, spilled bytes, bytes of local and of static shared memory."""
-    command = ["ptxas", f"-arch={architecture}", "-v", "-o", cubin, str(ptx)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise build.BuildError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    said = (assembled(ptx, architecture) / "ptxas.txt").read_text()
     result = {}
-    for match in re.finditer(
-        r"Compiling entry function '(\S+)' for.*?(?=Compiling entry function|\Z)", done.stderr, re.S
-    ):
+    for match in re.finditer(r"Compiling entry function '(\S+)' for.*?(?=Compiling entry function|\Z)", said, re.S):
 
         def number(pattern: str, text: str = match[0]) -> int:
             return sum(int(n) for n in re.findall(pattern, text))
@@ -61,9 +71,9 @@ def nvdisasm() -> str:
     return found
 
 
-def instructions(cubin: str) -> dict[str, set[str]]:
+def instructions(cubin: Path) -> dict[str, set[str]]:
     """The opcodes of each kernel (by symbol)."""
-    text = subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, set[str]] = {}
     for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
         kernels[part.split(":", 1)[0]] = set(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", part))
@@ -78,15 +88,13 @@ def demangle(symbol: str) -> str:
 def problems(room: str, ptx: Path) -> list[str]:
     """What is wrong, in words."""
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "kernels.cubin")
-        tasks = [build.pool().submit(ptxas, ptx, a, cubin if a == "sm_80" else os.devnull) for a in ARCHITECTURES]
-        for architecture, task in zip(ARCHITECTURES, tasks, strict=True):
-            for symbol, row in task.result().items():
-                if row["spills"] or row["local"]:
-                    name = demangle(symbol).split("(")[0]
-                    found.append(f"{room}: {name}, {architecture}: {row['spills']} bytes spilled, {row['local']} local")
-        opcodes = {demangle(symbol): ops for symbol, ops in instructions(cubin).items()}
+    tasks = [build.pool().submit(ptxas, ptx, a) for a in ARCHITECTURES]
+    for architecture, task in zip(ARCHITECTURES, tasks, strict=True):
+        for symbol, row in task.result().items():
+            if row["spills"] or row["local"]:
+                name = demangle(symbol).split("(")[0]
+                found.append(f"{room}: {name}, {architecture}: {row['spills']} bytes spilled, {row['local']} local")
+    opcodes = {demangle(symbol): ops for symbol, ops in instructions(assembled(ptx, "sm_80") / "kernels.cubin").items()}
     for of, pattern, wanted in FAST:
         kernels = {name: ops for name, ops in opcodes.items() if of == room and re.match(r"\w*" + pattern, name)}
         if of == room and not kernels:
@@ -97,10 +105,28 @@ def problems(room: str, ptx: Path) -> list[str]:
     return found
 
 
+def compile_alone(source: Path) -> None:
+    """`nvcc -Icsrc -c` for every architecture, without optimisation: only whether it compiles is asked here."""
+    include = build.ROOT / "csrc"
+    codes = [f for a in ARCHITECTURES for f in ("-gencode", f"arch={a.replace('sm', 'compute')},code={a}")]
+    flags = ["-std=c++17", "-Xcicc", "-O0", "-Xptxas", "-O0", *codes]
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        build.run([build.nvcc(), "-c", f"-I{include}", *flags, "-o", str(folder / "alone.o"), str(source)])
+        (folder / "alone.o").unlink()
+
+    contents = build.digest(build.source_text(source, include), *flags, build.machine())
+    build.made(build.BUILD / "alone" / f"{source.parent.name}-{contents}", make)
+
+
 def main(rooms: list[str]) -> int:
     found = []
-    for room in rooms:
-        source = build.ROOT / "csrc" / room / "cuda.cu"
+    sources = {room: build.ROOT / "csrc" / room / "cuda.cu" for room in rooms}
+    alone = [build.pool().submit(compile_alone, source) for source in sources.values()]
+    for task in alone:
+        task.result()  # raises what the compiler says
+    for room, source in sources.items():
         found += problems(room, build.nvcc_output(source, "compute_80", build.ROOT / "csrc") / "kernels.ptx")
     print("\n".join([*found, f"code: {len(rooms)} rooms for {', '.join(ARCHITECTURES)}, {len(found)} problems"]))
     return bool(found)

@@ -20,7 +20,7 @@ FIRST = 7_000_001  # numbers that are in no kernel by chance
 EQUIVALENT = Path(__file__).parent / "equivalent_mutants.json"
 SWITCH = """// Which mutant is on; see tests/simt/mutants.py.
 #pragma once
-extern "C" { __device__ int simt_mutant; }
+extern "C" { __constant__ int simt_mutant; }  // constant: read once, not at every switch
 __device__ __forceinline__ bool simt_is(int n) { return simt_mutant == n; }
 """
 # What is replaced, by what ({n}: the mutant's number), and what that is.
@@ -31,7 +31,7 @@ RULES = [
         "barrier left out",
     ),
     (
-        re.compile(r"\b(?P<call>wait_copies<\w+>\(\)|__pipeline_wait_prior\([^;]*\));"),
+        re.compile(r"\b(?P<call>wait_copies<\w+>\(\)|finish_copies\(\)|__pipeline_wait_prior\([^;]*\));"),
         "if (!simt_is({n})) {call};",
         "wait left out",
     ),
@@ -39,6 +39,7 @@ RULES = [
     (re.compile(r" (?P<call>>=?) "), " {call} -simt_is({n}) + ", "bound lowered by one"),
     (re.compile(r"\b(?P<call>0xffffffffu?)\b"), "({call} >> simt_is({n}))", "last lane left out of the mask"),
 ]
+Key = tuple[str, str, str, str, int]
 NO_BOUNDS = re.compile(r"\bconstexpr\b|\bstatic_assert\b|^\s*template\b|^\s*#")
 
 
@@ -47,27 +48,30 @@ class Mutant:
     number: int
     file: str
     line: int
+    function: str
     code: str
     change: str
-    nth: int  # from 0, of those of this change in the line
+    nth: int  # from 0, of those of this change in lines of this code in the function
 
-    def key(self) -> tuple[str, str, str, int]:
-        return self.file, self.code, self.change, self.nth
+    def key(self) -> Key:  # without the line's number, which any change above it moves
+        return self.file, self.function, self.code, self.change, self.nth
 
     def __str__(self) -> str:
         nth = f" ({self.nth + 1}.)" if self.nth else ""
-        return f"{self.file}:{self.line}: {self.change}{nth}: {self.code}"
+        return f"{self.file}:{self.line}: {self.function}: {self.change}{nth}: {self.code}"
 
 
-def device_lines(text: str) -> set[int]:
-    """Numbers (from 0) of the lines inside __global__ and __device__ functions."""
-    lines: set[int] = set()
+def device_lines(text: str) -> dict[int, str]:
+    """Numbers (from 0) of the lines inside __global__ and __device__ functions, and the function's name."""
+    lines: dict[int, str] = {}
     for match in re.finditer(r"__(?:global|device)__[^;{]*\{", text):
         depth, end = 1, match.end()
         while depth:
             depth += (text[end] == "{") - (text[end] == "}")
             end += 1
-        lines.update(range(text.count("\n", 0, match.start()), text.count("\n", 0, end) + 1))
+        head = re.sub(r"__launch_bounds__\([^)]*\)", "", match[0])
+        name = re.search(r"(\w+)(?:<\w+>)?\(", head)[1]
+        lines |= dict.fromkeys(range(text.count("\n", 0, match.start()), text.count("\n", 0, end) + 1), name)
     return lines
 
 
@@ -83,8 +87,9 @@ def mutate(text: str, file: str, first: int) -> tuple[str, list[Mutant]]:
                     continue
 
                 def switch(match: re.Match, replacement=replacement, change=change, line=line, i=i) -> str:
-                    nth = sum(m.line == i + 1 and m.change == change for m in mutants)
-                    mutants.append(Mutant(first + len(mutants), file, i + 1, line.strip(), change, nth))
+                    place = (inside[i], line.strip(), change)
+                    nth = sum((m.function, m.code, m.change) == place for m in mutants)
+                    mutants.append(Mutant(first + len(mutants), file, i + 1, *place, nth))
                     return replacement.format(n=mutants[-1].number, call=match["call"])
 
                 code = pattern.sub(switch, code)
@@ -118,15 +123,26 @@ def mutated_tree(room: str) -> tuple[Path, list[Mutant]]:
 
     contents = build.digest(*(f.read_text() for f in sorted(csrc.rglob("*")) if f.is_file()), *texts.values())
     tree = build.made(build.BUILD / "mutated" / f"{room}-{contents}", make) / "csrc"
-    ptx = (build.nvcc_output(tree / room / "cuda.cu", "compute_80", tree) / "kernels.ptx").read_text()
+    output = build.nvcc_output(tree / room / "cuda.cu", "compute_80", tree, build.FEW_BLOCKS)  # as in the sweep
+    ptx = (output / "kernels.ptx").read_text()
     return tree, [m for m in mutants if str(m.number) in ptx]
 
 
-def equivalent(room: str | None = None) -> dict[tuple[str, str, str, int], str]:
-    """Reasons by Mutant.key(); of those that change nothing in this room's kernels alone ("rooms"), or anywhere."""
-    rows = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else []
-    return {
-        (r["file"], r["code"], r["change"], r["nth"]): r["reason"]
-        for r in rows
-        if room is None or room in r.get("rooms", [room])
-    }
+def every() -> list[Mutant]:
+    """The mutants of all kernels, numbered by file."""
+    csrc = build.ROOT / "csrc"
+    files = sorted(p for suffix in ("cu", "cuh") for p in csrc.rglob(f"*.{suffix}"))
+    return [m for p in files for m in mutate(p.read_text(), str(p.relative_to(build.ROOT)), FIRST)[1]]
+
+
+def equivalents() -> list[dict]:
+    return json.loads(EQUIVALENT.read_text())
+
+
+def key_of(row: dict) -> Key:
+    return row["file"], row["function"], row["code"], row["change"], row["nth"]
+
+
+def equivalent(room: str) -> dict[Key, str]:
+    """Reasons by Mutant.key(), of those that change nothing anywhere, or in the kernels of this room ("rooms")."""
+    return {key_of(r): r["reason"] for r in equivalents() if room in r.get("rooms", [room])}

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
+from . import summary
 from .executor import Library
-from .mutants import Mutant, equivalent, mutated_tree
+from .mutants import equivalent, mutated_tree
 
 QUICK = 1.0  # seconds that a test may take
-MOST_LOOPS = 200_000  # backward branches of a thread; more count as an endless loop
+MOST_LOOPS = 50_000  # backward branches of a thread; more count as an endless loop
 
 
 def passes(item: pytest.Item) -> bool:
@@ -28,19 +29,22 @@ def passes(item: pytest.Item) -> bool:
 def pytest_runtestloop(session: pytest.Session) -> bool:
     if session.testsfailed:
         raise session.Interrupted("the tests do not load")
+    room = os.environ["SIMT_ROOM"]
     library = Library(Path(os.environ["CONVDIT_LIBRARY_DIR"]) / "libconvdit_ops.so")
     library.c.simt_set_fuel(MOST_LOOPS)
     chosen = ctypes.c_int.in_dll(library.c, "memory_simt_mutant")
-    _, mutants = mutated_tree(os.environ["SIMT_ROOM"])
+    _, mutants = mutated_tree(room)
+    share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
+    known, listed = equivalent(room), bool(os.environ.get("SIMT_EQUIVALENT"))
+    mutants = [m for m in mutants if m.key() in known or not listed][share::shares]
     print()
     items, failing = quick_tests(session)
-    survivors: list[Mutant] = []
-    known = equivalent(os.environ["SIMT_ROOM"])
-    listed = [m for m in mutants if m.key() in known]
+    unbroken = dict(launches=library.launches, findings=len(library.findings()))
+    caught, explained, unexplained = [], [], []
     for mutant in mutants:
-        if mutant in listed and not os.environ.get("SIMT_EQUIVALENT"):  # to run them too takes longest: all tests pass
+        if mutant.key() in known and not listed:  # all tests pass: that takes longest
             print(f"equivalent {mutant}")
-            survivors.append(mutant)
+            explained.append(mutant)
             continue
         chosen.value = mutant.number
         begin = time.perf_counter()
@@ -49,19 +53,18 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             library.set_orders(*orders)
             killer = killer or next((item for item in items if not passes(item)), None)
         seconds = time.perf_counter() - begin
-        print(
-            f"{'caught  ' if killer else 'SURVIVES'} {mutant} ({seconds:.1f} s{', ' + killer.name if killer else ''})",
-            flush=True,
-        )
-        if not killer:
-            survivors.append(mutant)
+        reason = mutant.key() in known
+        result = ("NOT EQUIVALENT" if reason else "caught  ") if killer else ("equivalent" if reason else "SURVIVES")
+        print(f"{result} {mutant} ({seconds:.1f} s{', ' + killer.name if killer else ''})", flush=True)
+        if killer:
+            items.remove(killer)
+            items.insert(0, killer)  # it may well catch the next one, which is often in the same kernel
+        (unexplained if bool(killer) == reason else caught if killer else explained).append(mutant)
     chosen.value = 0
-    unexplained = [m for m in survivors if m.key() not in known]
-    explained = len(survivors) - len(unexplained)
-    caught = len(mutants) - len(survivors)
-    counts = f"{caught} of {len(mutants)} caught, {explained} equivalent, {len(unexplained)} survive"
-    print(f"mutants of {os.environ['SIMT_ROOM']}: {counts}")
-    session.testsfailed = len(unexplained) + failing
+    summary.add(
+        os.environ["SIMT_STEP"], mutants=len(mutants), caught=len(caught), equivalent=len(explained), **unbroken
+    )
+    session.testsfailed = len(unexplained) + failing + unbroken["findings"]
     return True
 
 
@@ -69,9 +72,9 @@ def quick_tests(session: pytest.Session) -> tuple[list[pytest.Item], int]:
     """The tests for the mutants, quickest first, and how many fail without a mutant."""
     times, failing = {}, 0
     for item in session.items:
-        begin = time.perf_counter()
+        begin = time.process_time()
         if passes(item):
-            times[item] = time.perf_counter() - begin
+            times[item] = time.process_time() - begin
         else:
             failing += 1
             print(f"FAILS    {item.name}, over the unbroken kernels")

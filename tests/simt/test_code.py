@@ -1,5 +1,7 @@
 """The checks of ptxas's code find spills, local memory and missing instructions, in a kernel that has them."""
 
+import pytest
+
 from . import build, code
 
 SOURCE = """
@@ -25,3 +27,15 @@ def test_spills_and_missing_instructions_are_found(tmp_path, monkeypatch):
     found = code.problems("a room", ptx)
     local = [f"a room: apply_forward, {a}: 0 bytes spilled, 256 local" for a in code.ARCHITECTURES]
     assert found == [*local, "a room: apply_forward: no LDG.E.128 in its code", "a room: no kernel is called absent"]
+
+
+def test_a_file_that_needs_pytorch_or_an_architecture_it_has_not_does_not_compile_alone(tmp_path):
+    source = tmp_path / "cuda.cu"
+    source.write_text("__global__ void f(float* x) { *x = 1; }\n")
+    code.compile_alone(source)
+    source.write_text("#include <torch/csrc/stable/tensor.h>\n")
+    with pytest.raises(build.BuildError, match="torch/csrc/stable/tensor.h"):
+        code.compile_alone(source)
+    source.write_text("#if __CUDA_ARCH__ == 1200\n#error not for this one\n#endif\n")
+    with pytest.raises(build.BuildError, match="not for this one"):
+        code.compile_alone(source)

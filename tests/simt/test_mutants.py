@@ -25,6 +25,7 @@ __global__ void kernel(int* y, int n) {
 
 def test_each_place_gets_one_switch():
     text, found = mutants.mutate(SOURCE, "a.cu", 100)
+    assert {m.function for m in found} == {"add", "kernel"}
     assert [(m.number, m.line, m.change) for m in found] == [
         (100, 8, "bound lowered by one"),
         (101, 10, "bound raised by one"),
@@ -48,10 +49,23 @@ def test_places_of_one_line_are_told_apart():
     assert [(m.change, m.nth) for m in found] == [("bound raised by one", 0), ("bound raised by one", 1)]
 
 
-def test_every_equivalent_mutant_has_a_reason_and_its_line():
-    for (file, code, change, _nth), reason in mutants.equivalent().items():
-        lines = [line.strip() for line in (mutants.build.ROOT / file).read_text().split("\n")]
-        assert code in lines and reason and change in [c for _, _, c in mutants.RULES]
+def test_equal_lines_are_told_apart_by_function_and_order_and_not_by_number():
+    loop = "  for (int i = 0; i < n; ++i) f(i);\n"
+    one, two = "__device__ void one(int n) {\n", "__global__ void __launch_bounds__(4) two(int n) {\n"
+    text = f"{one}{loop}{loop}}}\n{two}{loop}}}\n"
+    _, found = mutants.mutate(text, "a.cu", 1)
+    assert [(m.function, m.nth) for m in found] == [("one", 0), ("one", 1), ("two", 0)]
+    _, moved = mutants.mutate("\n\n" + text, "a.cu", 1)
+    assert [m.key() for m in moved] == [m.key() for m in found] and moved[0].line != found[0].line
+
+
+def test_every_equivalent_mutant_is_one_of_the_kernels_mutants_and_has_a_reason():
+    rows = mutants.equivalents()
+    there = {m.key() for m in mutants.every()}
+    assert [r for r in rows if mutants.key_of(r) not in there] == [], "stale: no kernel has these mutants any more"
+    assert len({mutants.key_of(r) for r in rows}) == len(rows)
+    rooms = {p.parent.name for p in (mutants.build.ROOT / "csrc").glob("*/cuda.cu")}
+    assert all(r["reason"] and set(r.get("rooms", rooms)) <= rooms for r in rows)
 
 
 def test_the_budget_reports_what_became_worse():

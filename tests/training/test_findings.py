@@ -107,6 +107,9 @@ def test_impact_says_plainly_whether_the_effect_shows():
     good = impact_verdict(impact_of(([0.6, 0.7], [0.6, 0.72]), ([0.6, 0.7], [0.8, 0.9])))
     assert good[3] == "V2: FCMAE is better than supervised at equal total compute, by +20.0 points."
     assert "not clear" in good[1] and " shows: " in good[4]
+    for equal, fcmae in (([0.6, 0.75], [0.7, 0.9]), ([0.6], [0.9])):
+        doubtful = impact_verdict(impact_of(([0.6, 0.7], [0.6, 0.62]), (equal, fcmae)))
+        assert "IS NOT CLEAR" in doubtful[4] and "DOES NOT" not in doubtful[4] and " shows: " not in doubtful[4]
     bad = impact_verdict(impact_of(([0.6, 0.7], [0.9, 0.9]), ([0.6, 0.7], [0.8, 0.9])))
     assert "DOES NOT SHOW at this scale" in bad[4]
     worse = impact_verdict(impact_of(([0.6, 0.7], [0.1, 0.1]), ([0.6, 0.7], [0.5, 0.5])))

@@ -168,6 +168,16 @@ def test_linear_probe_reaches_the_optimum_on_separable_features():
     assert accuracy(probe(features[200:]), labels[200:]) > 0.95
 
 
+def test_few_labels_are_balanced_and_depend_on_their_seed():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 3)
+    picked = data.few_labels(labels, 20, seed=1)
+    assert labels[picked].bincount().tolist() in ([9, 8, 3], [8, 9, 3]) and len(picked.unique()) == 20
+    assert torch.equal(picked, data.few_labels(labels, 20, seed=1))
+    assert not torch.equal(picked, data.few_labels(labels, 20, seed=2))
+    with pytest.raises(ValueError, match="labels: expected a number from 3 to 83, got 2"):
+        data.few_labels(labels, 2, 0)
+
+
 def test_nearest_neighbours_vote_by_cosine():
     torch.manual_seed(0)
     known, labels = torch.randn(30, 4), torch.arange(30) % 3

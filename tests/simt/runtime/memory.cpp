@@ -238,7 +238,9 @@ void* check(Thread& t, int site, Space space, uint64_t address, uint32_t bytes, 
     r.written = true;
   }
   touch(t, site, r, offset, bytes, kind);
-  r.sectors[offset / 32] |= kind == Access::kRead ? 1 : kind == Access::kWrite ? 2 : 3;
+  uint8_t& sector = r.sectors[offset / 32];
+  if (kind != Access::kWrite && !(sector & 2)) sector |= 1;
+  if (kind != Access::kRead) sector |= 2;
   return reinterpret_cast<void*>(address);
 }
 

@@ -26,7 +26,7 @@ struct Region {
   uint64_t run = 0;                     // the run that `cells` are about
   bool written = false;                 // in this run; then `before` holds what was there
   std::vector<uint8_t> before, result;  // result: of the run with the first thread order
-  std::vector<uint8_t> sectors;         // of 32 bytes: 1 read, 2 written
+  std::vector<uint8_t> sectors;         // of 32 bytes: 1 read before it was written, 2 written
 };
 
 // Everything `access` does except counting traffic.
