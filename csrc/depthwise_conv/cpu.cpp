@@ -30,19 +30,18 @@ void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, Range b
   const A* weight = static_cast<const A*>(p.packed) + plane * p.kernel * p.kernel * lanes<A>;
   const Vec<A> start = p.bias ? load_lanes<false>(static_cast<const A*>(p.bias) + c.first, c.lanes) : Vec<A>{};
   T* y = static_cast<T*>(p.y) + offset;
-  pass_rows(static_cast<const T*>(p.x) + offset, map, band, c,
-            [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows, const T* ahead) {
+  pass_rows<true>(static_cast<const T*>(p.x) + offset, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
     alignas(kVectorBytes) A row[kStrip * lanes<A>];
     T* to = y + (h * p.width + strip.first) * p.channels;
     A* out = row;
     int64_t out_step = lanes<A>;
     if constexpr (sizeof(T) == sizeof(A)) {
       if (c.lanes == lanes<A>) out = to, out_step = p.channels;
+      if (rows.outputs == 2)
+        return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
     }
     for (int64_t i = 0; i < strip.tiles; ++i) {
       const auto& tile = strip.tile[i];
-      if (ahead) prefetch_row<false>(ahead + tile.first * p.channels, p.channels, tile.columns);
-      prefetch_row<true>(to + tile.first * p.channels, p.channels, tile.columns);
       rows.offset = tile.first * rows.step;
       tile.kernels->forward[tile.columns](rows, weight, start, out + tile.first * out_step, out_step);
     }
@@ -110,8 +109,7 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t pl
     const int64_t offset = image * p.height * p.width * p.channels + c.first;
     const Range band = {larger(0, all.first - image * p.height), smaller(p.height, all.last - image * p.height)};
     const T* grad = static_cast<const T*>(p.grad) + offset;
-    pass_rows(static_cast<const T*>(p.x) + offset, map, band, c,
-              [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows, const T* ahead) {
+    pass_rows<false>(static_cast<const T*>(p.x) + offset, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
       alignas(kVectorBytes) A row[kStrip * lanes<A>];
       const T* from = grad + (h * p.width + strip.first) * p.channels;
       const T* from_ahead = h + 1 < band.last ? from + p.width * p.channels : nullptr;
@@ -124,8 +122,8 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t pl
       if (copy) read_row(from, p.channels, strip.columns, c.lanes, row);
       for (int64_t i = 0; i < strip.tiles; ++i) {
         const auto& tile = strip.tile[i];
-        if (ahead) prefetch_row<false>(ahead + tile.first * p.channels, p.channels, tile.columns);
-        if (from_ahead) prefetch_row<false>(from_ahead + tile.first * p.channels, p.channels, tile.columns);
+        // A row of grad is read once, a row of x seven times: prefetching that one as well, or in the forward, costs more than it gains.
+        if (from_ahead) prefetch_row(from_ahead + tile.first * p.channels, p.channels, tile.columns);
         rows.offset = tile.first * rows.step;
         tile.kernels->weight[tile.columns](rows, g + tile.first * g_step, g_step, total);
       }

@@ -36,10 +36,9 @@ void write_row(const accum_t<T>* from, int64_t step, int64_t columns, int64_t n,
     for (int64_t i = 0; i < columns; ++i) store(to + i * step, load(from + i * lanes<A>), n);
   }
 }
-// A column of a row is a cache line far from the next one: the hardware does not see the pattern.
-template <bool Write, class T>
+template <class T>
 void prefetch_row(const T* row, int64_t step, int64_t columns) {
-  for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * step, Write, 3);
+  for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * step);
 }
 template <class A>
 void zero_row(int64_t columns, A* to) {
@@ -99,14 +98,14 @@ bool reads_map(const Map& map, Plane plane) {
   return window <= lines_a_set * sets;
 }
 
-// Calls body(h, strip, rows, ahead) for the rows `band` of one image, strip by strip; x points to the first channel of the plane.
-// `rows` is what the kernel covers at row h; `ahead` is the strip's part of the next row of x, or null: to be prefetched.
-template <class T, class F>
+// Calls body(h, strip, rows) for the rows `band` of one image, strip by strip; x points to the first channel of the plane. `rows`
+// is what the kernel covers at row h or, where `Pairs` and there is such a tile, at rows h and h + 1.
+template <bool Pairs, class T, class F>
 CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plane, const F& body) {
   using A = accum_t<T>;
   alignas(kVectorBytes) A ring[kMaxKernel * (kStrip + kMaxKernel - 1) * lanes<A>];
   A* ring_rows[kMaxKernel];  // from the kernel's first row at row h
-  const A* x_rows[kMaxKernel];
+  const A* x_rows[kMaxKernel + 1];
   const int64_t radius = map.kernel / 2, strips = ceil_div(map.width, kStrip), row_size = map.width * map.channels;
   const bool direct = reads_map<T>(map, plane);
   for (int64_t i = 0; i < strips; ++i) {
@@ -116,7 +115,7 @@ CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plan
     const auto read = [&](int64_t h, A* to) {
       read_row(column + h * row_size, map.channels, seen, plane.lanes, to + strip.left * lanes<A>);
     };
-    TileRows<A> rows{x_rows, direct ? map.channels : lanes<A>, 0, 0, 0, map.kernel};
+    TileRows<A> rows{x_rows, direct ? map.channels : lanes<A>, 0, 0, 0, map.kernel, 1};
     if (!direct) {
       for (int64_t k = 0; k < map.kernel; ++k) {
         ring_rows[k] = ring + k * width * lanes<A>;
@@ -126,8 +125,10 @@ CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plan
       for (int64_t h = larger(0, band.first - radius); h < smaller(map.height, band.first + radius); ++h)
         read(h, ring_rows[h - band.first + radius]);
     }
-    for (int64_t h = band.first; h < band.last; ++h) {
-      rows.first = larger(0, radius - h), rows.last = smaller(map.kernel, map.height + radius - h);
+    const bool pairs = Pairs && direct && strip.tiles == 1 && strip.tile[0].kernels->pair[strip.columns] != nullptr;
+    for (int64_t h = band.first; h < band.last; h += rows.outputs) {
+      rows.outputs = pairs && h + 1 < band.last ? 2 : 1;
+      rows.first = larger(0, radius - h), rows.last = smaller(map.kernel + rows.outputs - 1, map.height + radius - h);
       if (!direct) {
         if (h + radius < map.height) read(h + radius, ring_rows[map.kernel - 1]);
         for (int64_t k = 0; k < map.kernel; ++k) x_rows[k] = ring_rows[k];
@@ -137,8 +138,7 @@ CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plan
         const T* first = x + (h - radius) * row_size + (strip.first - radius) * map.channels;
         for (int64_t k = rows.first; k < rows.last; ++k) x_rows[k] = first + k * row_size;
       }
-      const int64_t next = h + radius + 1;
-      body(h, strip, rows, next < map.height ? x + next * row_size + strip.first * map.channels : nullptr);
+      body(h, strip, rows);
     }
   }
 }

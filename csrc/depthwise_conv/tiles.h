@@ -26,18 +26,22 @@ template <class A>
 struct TileRows {
   const A* const* x;
   int64_t step, offset;
-  int64_t first, last;  // kernel rows that lie in the map
+  int64_t first, last;  // of x, those that lie in the map
   int64_t kernel;
+  int64_t outputs;  // 1, or 2: x has a row more
 };
 
 // ---- forward: out[column] = start + sum of weight * x ------------------------------------------------------------
-// A narrow tile sums odd and even taps apart: with fewer than ten chains of dependent FMAs the units would wait.
-template <int Columns>
-constexpr int kChains = kVectorRegisters == 32 && Columns < 10 ? 2 : 1;
+constexpr int kMaxPair = kVectorRegisters == 32 ? 7 : 0;  // columns of a tile of two rows: their sums and weights fill the registers
+
+// A narrow tile sums odd and even taps apart: with fewer than ten chains of dependent FMAs the units would wait. Not where rows
+// also go in pairs: a row's sums must not depend on whether it does.
+template <int Columns, int Side>
+constexpr int kChains = kVectorRegisters == 32 && Columns < 10 && (Side != kAlone || Columns > kMaxPair) ? 2 : 1;
 
 template <class A, int Columns, int Side>
 __attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step) {
-  constexpr int chains = kChains<Columns>;
+  constexpr int chains = kChains<Columns, Side>;
   Vec<A> sum[chains][Columns] = {};
   unroll<Columns>(CONVDIT_UNROLLED(I) { sum[0][I] = start; });
   for (int64_t row = t.first; row < t.last; ++row) {
@@ -57,6 +61,36 @@ __attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* wei
     if constexpr (chains == 2) sum[0][I] += sum[1][I];
     store(out + I * out_step, sum[0][I]);
   });
+}
+
+// Two rows of output of a map as narrow as the tile: twice the sums for each value of x, and no chain is left waiting. x[i] is the
+// map's row under kernel row i of the first output row, and under kernel row i - 1 of the second.
+template <class A, int Columns>
+__attribute__((noinline)) void forward_pair_7(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step, int64_t out_row) {
+  Vec<A> sum[2][Columns];
+  unroll<Columns>(CONVDIT_UNROLLED(I) { sum[0][I] = sum[1][I] = start; });
+  // The output rows First to Last - 1 take what row i of x adds to them.
+  const auto add = [&]<int First, int Last>(int64_t i) CONVDIT_FLAT {
+    const A* x = t.x[i] + t.offset;
+    Vec<A> tap[2][7];
+    unroll<Last - First>(CONVDIT_UNROLLED(R) {
+      unroll<7>(CONVDIT_UNROLLED(K) { tap[First + R][K] = load(weight + ((i - First - R) * 7 + K) * lanes<A>); });
+    });
+    unroll<Columns>(CONVDIT_UNROLLED(C) {
+      const Vec<A> v = load(x + (C + 3) * t.step);
+      unroll<Last - First>(CONVDIT_UNROLLED(R) {
+        unroll<7>(CONVDIT_UNROLLED(K) {
+          constexpr int column = C + 3 - K;
+          if constexpr (column >= 0 && column < Columns) sum[First + R][column] += v * tap[First + R][K];
+        });
+      });
+    });
+  };
+  int64_t i = t.first;
+  if (i == 0) add.template operator()<0, 1>(i++);
+  for (; i < smaller(t.last, 7); ++i) add.template operator()<0, 2>(i);
+  if (t.last == 8) add.template operator()<1, 2>(7);
+  unroll<Columns>(CONVDIT_UNROLLED(I) { store(out + I * out_step, sum[0][I]), store(out + out_row + I * out_step, sum[1][I]); });
 }
 
 template <class A, int Columns>
@@ -123,23 +157,32 @@ __attribute__((noinline)) void weight_tile(const TileRows<A>& t, const A* grad, 
 template <class A>
 using ForwardTile = void (*)(const TileRows<A>&, const A* weight, Vec<A> start, A* out, int64_t out_step);
 template <class A>
+using ForwardPair = void (*)(const TileRows<A>&, const A* weight, Vec<A> start, A* out, int64_t out_step, int64_t out_row);
+template <class A>
 using WeightTile = void (*)(const TileRows<A>&, const A* grad, int64_t grad_step, A* total);
 
 template <class A>
 struct Tiles {
   ForwardTile<A> forward[kMaxTile + 1];
   WeightTile<A> weight[kMaxTile + 1];
+  ForwardPair<A> pair[kMaxTile + 1];  // null where two rows do not fit
 };
 template <class A, int... I>
 constexpr Tiles<A> make_tiles(std::integer_sequence<int, I...>) {
-  return {{nullptr, forward_tile<A, I + 1>...}, {nullptr, weight_tile<A, I + 1>...}};
+  return {{nullptr, forward_tile<A, I + 1>...}, {nullptr, weight_tile<A, I + 1>...}, {}};
 }
 // A strip of columns is cut into tiles of equal width but for one: a tile with neighbours has at least half of kMaxTile columns.
 constexpr bool tile_exists(int columns, int side) { return side == kAlone || columns >= kMaxTile / 2; }
+template <int Columns, int Side>
+constexpr ForwardPair<float> forward_pair() {
+  if constexpr (Side == kAlone && Columns <= kMaxPair) return forward_pair_7<float, Columns>;
+  else return nullptr;
+}
 template <int Side, int... I>
 constexpr Tiles<float> make_tiles_7(std::integer_sequence<int, I...>) {
   return {{nullptr, forward_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...},
-          {nullptr, weight_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...}};
+          {nullptr, weight_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...},
+          {nullptr, forward_pair<I + 1, Side>()...}};
 }
 using TileWidths = std::make_integer_sequence<int, kMaxTile>;
 template <class A>

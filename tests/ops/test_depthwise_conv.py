@@ -124,6 +124,19 @@ def test_every_width_of_tile_and_side_of_the_map(width):
         torch.testing.assert_close(o.double(), r, rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.parametrize("height", range(1, 17))
+def test_every_height_of_a_narrow_map(height):
+    """Up to seven columns wide, rows of output go two at a time, and the last one alone."""
+    g = torch.Generator().manual_seed(height)
+    for width in (3, 7):
+        x, weight, bias = randn(g, 2, height, width, 40), randn(g, 40, 1, 7, 7), randn(g, 40)
+        ours, right = (
+            ops.depthwise_conv2d(x.float(), weight.float(), bias.float()),
+            reference.depthwise_conv2d(x, weight, bias),
+        )
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_any_strides_and_alignment(case):
     harness.assert_any_strides(case)
