@@ -99,8 +99,8 @@ inline void add_block8(const WeightGrad<float>& w, int64_t block, int64_t chunk,
       Vec<float> total[R * kSide] = {};
       for (int dy = -1; dy <= 1; ++dy) {
         const int shift = kh - kHalf - dy * B;  // output row r meets the row r + shift of the blocks
-        int r = larger(first, -shift);
-        const int last = smaller(first + kRows, B - shift) - 1;
+        int r = static_cast<int>(larger(first, -shift));
+        const int last = static_cast<int>(smaller(first + kRows, B - shift)) - 1;
         if (r > last) continue;
         const BlockRow in = block_row<B>(w.p.neighbors + block * 9 + (dy + 1) * 3, x, channels);
         unroll<7>([&]<int i>() CONVDIT_FLAT {
