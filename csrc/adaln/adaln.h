@@ -32,12 +32,12 @@ struct Adaln {
 struct AdalnBackward {
   int64_t batch, tokens, width;
   DType dtype, branch_dtype;
-  const void *grad_residual;  // gradient of residual, or null where y is
-  const void *grad_out;       // gradient of out, or null: only the gated residual is differentiated
+  const void* grad_residual;  // gradient of residual, or null where y is
+  const void* grad_out;       // gradient of out, or null: only the gated residual is differentiated
   const void *residual, *y, *gate, *scale, *mean, *rstd;
   void *grad_x, *grad_y;      // grad_x is null where grad_out is (it would be a copy of grad_residual)
   void *grad_gate, *grad_shift, *grad_scale;
-  void *workspace;            // (B, ceil(T / kAdalnChunk), 3, D) of accum_t<dtype>
+  void* workspace;            // (B, ceil(T / kAdalnChunk), 3, D) of accum_t<dtype>
 };
 
 struct AdalnKernels {

@@ -37,7 +37,9 @@ bool too_large(const void* a, const void* b, int64_t rows, int64_t width, int64_
 }
 
 template <class T>
-CONVDIT_INLINE T* advance(T* p, int64_t n) { return p ? p + n : nullptr; }
+CONVDIT_INLINE T* advance(T* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
 
 // Sums of R rows' values and of their squares.
 template <int R, class A>
@@ -87,7 +89,8 @@ void forward_rows(const Adaln& p, int64_t row) {
       const int64_t at = r * width;
       for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
         constexpr bool kFull = decltype(full)::value;
-        const Vec<A> v = as_stored<T>(load_lanes<kFull>(residual + at + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + at + i, n));
+        const Vec<A> v =
+            as_stored<T>(load_lanes<kFull>(residual + at + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + at + i, n));
         write_lanes<Stream, kFull>(sum_rows + at + i, v, n);
         if (keep) store_lanes<kFull>(scratch + at + i, v, n);
         moments.add(r, v);
@@ -186,7 +189,9 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
 }
 
 template <int R>
-struct Rows { static constexpr int value = R; };
+struct Rows {
+  static constexpr int value = R;
+};
 
 // Calls rows(first, Rows<R>) for the rows from first to last, kRows at a time where there are as many.
 template <int R = kRows, class F>

@@ -24,7 +24,7 @@ int adaln_forward(const Adaln& p, void* stream) {
 int adaln_backward(const AdalnBackward& p, void* stream) {
   // Long chunks write fewer sums; short ones keep more multiprocessors busy. The workspace is for the short ones.
   const int64_t chunk = p.batch * ceil_div(p.tokens, 2 * kAdalnChunk) >= kEnoughRuns / 2 ? 2 * kAdalnChunk : kAdalnChunk;
-  const NormBackward n{p.batch,  p.tokens, p.width, chunk,    1,        p.grad_residual, p.grad_out,   p.residual,   p.y,         p.gate,
+  const NormBackward n{p.batch, p.tokens, p.width, chunk,    1,        p.grad_residual, p.grad_out,   p.residual,   p.y,         p.gate,
                        p.scale, p.mean,   p.rstd,  p.grad_x, p.grad_y, p.grad_gate,     p.grad_shift, p.grad_scale, p.workspace, 3};
   return dispatch_both(p, [&](auto x, auto y) { return norm_backward<decltype(x), decltype(y)>(n, stream_of(stream)); });
 }

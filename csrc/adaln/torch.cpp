@@ -16,7 +16,7 @@ DType check_branch(const Tensor& x, const Tensor& y) {
   check_shape("y", y, {x.size(0), x.size(1), x.size(2)});
   const DType x_type = dtype_of("x", x), y_type = dtype_of("y", y);
   CONVDIT_CHECK(y_type == x_type || (x_type == DType::f32 && y_type != DType::f64), "y: expected the dtype of x (",
-                  dtype_name(x.scalar_type()), "), or bfloat16 or float16 beside a float32 x, got ", dtype_name(y.scalar_type()));
+                dtype_name(x.scalar_type()), "), or bfloat16 or float16 beside a float32 x, got ", dtype_name(y.scalar_type()));
   return y_type;
 }
 
@@ -32,7 +32,8 @@ struct Normalised {
   Tensor out, mean, rstd;
 };
 Normalised allocate_normalised(Adaln& p, const Tensor& x, double eps) {
-  Normalised n{allocate_like(x), allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x), allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x)};
+  Normalised n{allocate_like(x), allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x),
+               allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x)};
   p.eps = eps;
   p.out = n.out.mutable_data_ptr(), p.mean = n.mean.mutable_data_ptr(), p.rstd = n.rstd.mutable_data_ptr();
   return n;
@@ -62,8 +63,9 @@ Tensor gated_residual_fwd(const Tensor& x_in, const Tensor& y_in, const Tensor& 
   return residual;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_fwd(
-    const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in, const Tensor& shift_in, const Tensor& scale_in, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_fwd(const Tensor& x_in, const Tensor& y_in,
+                                                                                  const Tensor& gate_in, const Tensor& shift_in,
+                                                                                  const Tensor& scale_in, double eps) {
   check_x(x_in);
   const DType branch = check_branch(x_in, y_in);
   const Tensor gate = check_parameter("gate", gate_in, {x_in.size(0), x_in.size(2)}, x_in);
@@ -94,14 +96,15 @@ Tensor parameter_gradient(const Tensor& x) {  // zero where there is no token to
   return x.numel() > 0 ? allocate(shape, accumulate_dtype(x), x) : allocate_zeros(shape, accumulate_dtype(x), x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in, const Tensor& mean_in, const Tensor& rstd_in) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in,
+                                                           const Tensor& mean_in, const Tensor& rstd_in) {
   check_x(x_in);
   check_shape("grad", grad_in, {x_in.size(0), x_in.size(1), x_in.size(2)});
   check_dtype("grad", grad_in, x_in.scalar_type());
   const Tensor grad = dense(grad_in), x = dense(x_in), scale = dense(scale_in), work = workspace(x);
   const Tensor grad_x = allocate_like(x), grad_shift = parameter_gradient(x), grad_scale = parameter_gradient(x);
-  const Tensor mean = check_parameter("mean", mean_in, {x.size(0), x.size(1)}, x), rstd = check_parameter("rstd", rstd_in, {x.size(0), x.size(1)}, x);
+  const Tensor mean = check_parameter("mean", mean_in, {x.size(0), x.size(1)}, x),
+               rstd = check_parameter("rstd", rstd_in, {x.size(0), x.size(1)}, x);
   AdalnBackward p = backward_params(x);
   p.grad_out = grad.const_data_ptr(), p.residual = x.const_data_ptr(), p.scale = scale.const_data_ptr();
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr(), p.grad_x = grad_x.mutable_data_ptr();
@@ -123,9 +126,11 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad_in, const Tenso
   return {grad_y, grad_gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_bwd(
-    const Tensor& grad_residual_in, const Tensor& grad_out_in, const Tensor& residual_in, const Tensor& y_in, const Tensor& gate_in,
-    const Tensor& scale_in, const Tensor& mean_in, const Tensor& rstd_in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_bwd(const Tensor& grad_residual_in,
+                                                                                          const Tensor& grad_out_in,
+                                                                                          const Tensor& residual_in, const Tensor& y_in,
+                                                                                          const Tensor& gate_in, const Tensor& scale_in,
+                                                                                          const Tensor& mean_in, const Tensor& rstd_in) {
   check_x(residual_in);
   const DType branch = check_branch(residual_in, y_in);
   const Tensor grad_residual = dense(grad_residual_in), grad_out = dense(grad_out_in), residual = dense(residual_in);

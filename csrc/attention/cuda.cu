@@ -34,8 +34,7 @@ bool fits_tiles(const Attention& p) {
 
 // A block a tile of `rows` rows of one head of one sample.
 template <class P>
-int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int rows, int shared_bytes,
-                 cudaStream_t stream) {
+int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int rows, int shared_bytes, cudaStream_t stream) {
   if (shared_bytes > kSharedBytes)  // no more than the 99 KiB that every GPU from sm_80 on has for a block that asks
     if (const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
       return static_cast<int>(status);
@@ -73,19 +72,16 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
   const Attention& p = b.forward;
   const auto both = [](int first, const auto& second) { return first ? first : second(); };
   if (!fits_tiles<T>(p) || !aligned(16, b.grad, b.grad_qkv))
-    return both(launch_rows(backward_queries_scalar<T>, b, p, stream),
-                [&] { return launch_rows(backward_keys_scalar<T>, b, p, stream); });
+    return both(launch_rows(backward_queries_scalar<T>, b, p, stream), [&] { return launch_rows(backward_keys_scalar<T>, b, p, stream); });
   return dispatch_width<T>(p.head_dim, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
       using Plan = BackwardPlan<T, width.value>;
-      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, Plan::kQueriesBytes, stream), [&] {
-        return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysBytes, stream);
-      });
+      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, Plan::kQueriesBytes, stream),
+                  [&] { return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysBytes, stream); });
     } else {
       using Plan = FmaBackward<width.value>;
-      return both(launch_tiles(backward_queries_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream), [&] {
-        return launch_tiles(backward_keys_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream);
-      });
+      return both(launch_tiles(backward_queries_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream),
+                  [&] { return launch_tiles(backward_keys_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream); });
     }
   });
 }

@@ -11,7 +11,8 @@ constexpr int kDown = 4, kAcross = 8;  // lanes of a warp
 // Rows of a warp, and columns of a tile that a block goes through: what registers and 99 KiB of shared memory have room for.
 template <int kWidth, int kWarpRows, int kTileColumns, int kOwnTiles>
 struct FmaPlan {
-  static constexpr int kLaneRows = kWarpRows / kDown, kRows = kWarps * kWarpRows, kColumns = kTileColumns, kLaneColumns = kColumns / kAcross;
+  static constexpr int kLaneRows = kWarpRows / kDown, kRows = kWarps * kWarpRows, kColumns = kTileColumns,
+                       kLaneColumns = kColumns / kAcross;
   static constexpr int kOwn = kRows * kWidth, kTile = kColumns * kWidth;  // elements
   // Of the weights. The four rows that lanes write at once lie on different banks.
   static constexpr int kWeightsRow = kColumns + kAcross;
@@ -99,7 +100,8 @@ __device__ __forceinline__ void add_weighted_rows(FmaSums<kWidth, Plan>& sums, c
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int j = 0; j < pairs; ++j)
-          b[k][j] = *reinterpret_cast<const float2*>(tile + row * kWidth + Layout::at(half + k, place.column / 2 + j * kAcross / 2) + place.column % 2 * 2);
+          b[k][j] = *reinterpret_cast<const float2*>(tile + row * kWidth + Layout::at(half + k, place.column / 2 + j * kAcross / 2) +
+                                                     place.column % 2 * 2);
 #pragma unroll
       for (int i = 0; i < Plan::kLaneRows; ++i) {
         const float4 w = four(weights + (place.row + i * kDown) * Plan::kWeightsRow + row + half);
@@ -117,8 +119,8 @@ __device__ __forceinline__ void add_weighted_rows(FmaSums<kWidth, Plan>& sums, c
 
 // `rows`: from the block's first row on, of which `length` exist.
 template <int kWidth, class Plan>
-__device__ __forceinline__ void store_rows(const FmaSums<kWidth, Plan>& sums, const float (&factors)[Plan::kLaneRows], Rows<float> rows, int length,
-                                           int width) {
+__device__ __forceinline__ void store_rows(const FmaSums<kWidth, Plan>& sums, const float (&factors)[Plan::kLaneRows], Rows<float> rows,
+                                           int length, int width) {
   const FmaPlace<Plan> place;
 #pragma unroll
   for (int i = 0; i < Plan::kLaneRows; ++i)

@@ -47,8 +47,7 @@ struct Operand {
 #pragma unroll
       for (int k = 0; k < kWidth / kMma; ++k)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          pairs[m][k][i] = scale > 0 ? pairs[m][k][i] : scale < 0 ? pairs[m][k][i] ^ 0x80008000u : 0u;
+        for (int i = 0; i < 4; ++i) pairs[m][k][i] = scale > 0 ? pairs[m][k][i] : scale < 0 ? pairs[m][k][i] ^ 0x80008000u : 0u;
   }
 };
 // The same, left in the tile and read from there each time, where registers are short.
@@ -71,8 +70,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {  // to 2 units in t
 
 // products[m][n] += own rows (m-th 16 of them) times rows [row + 8 n, row + 8 n + 8) of the tile, over the whole width.
 template <int kWidth, class T, class Own, int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own, const T* tile,
-                                              int row) {
+__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own, const T* tile, int row) {
 #pragma unroll
   for (int k = 0; k < kWidth / kMma; ++k) {
     uint32_t a[kRowTiles][4];
@@ -93,8 +91,8 @@ __device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColu
 
 // sums[m][n] += weights (16 rows, 16 columns) times rows [row, row + 16) of the tile; n counts 8 columns of it.
 template <int kWidth, class T, int kRowTiles>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4],
-                                                  const uint32_t (&weights)[kRowTiles][4], const T* tile, int row) {
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4], const uint32_t (&weights)[kRowTiles][4],
+                                                  const T* tile, int row) {
 #pragma unroll
   for (int n = 0; n < kWidth / 8; n += 2) {
     uint32_t b[4];
@@ -126,8 +124,8 @@ __device__ __forceinline__ void clear(float (&sums)[kRowTiles][kColumnTiles][4])
 
 // A warp's results, times a factor for each row, to memory in 16-byte stores, by way of the warp's own rows of a tile.
 template <int kWidth, class T, int kRowTiles>
-__device__ __forceinline__ void store_rows(T* tile, const float (&sums)[kRowTiles][kWidth / 8][4],
-                                           const float (&factors)[kRowTiles][2], Rows<T> rows, int length, int width) {
+__device__ __forceinline__ void store_rows(T* tile, const float (&sums)[kRowTiles][kWidth / 8][4], const float (&factors)[kRowTiles][2],
+                                           Rows<T> rows, int length, int width) {
   using Layout = Tile<T, kWidth>;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll

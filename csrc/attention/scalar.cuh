@@ -32,8 +32,8 @@ __device__ __forceinline__ accum_t<T> dot(const T* a, const T* b, int width) {
 
 // sums[j] += the lanes' weights times column `column` + lane + 32 j of the lanes' rows, of which there are `count`.
 template <class T, class A>
-__device__ __forceinline__ void add_weighted_rows(A (&sums)[kLaneColumns], A weight, Rows<const T> rows, int64_t count,
-                                                  int64_t column, int width) {
+__device__ __forceinline__ void add_weighted_rows(A (&sums)[kLaneColumns], A weight, Rows<const T> rows, int64_t count, int64_t column,
+                                                  int width) {
   __shared__ A shared[kThreads];
   A* const weights = shared + threadIdx.x / kWarp * kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -110,14 +110,13 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_scalar(Attention
     if (head.rest.first)
       for (int i = lane; i < head.width; i += kWarp) delta += widen(grad[i]) * widen(head.rest.from(task.row).first[i]);
     delta = warp_sum(delta);
-    if (task.column == 0 && lane == 0)
-      back.statistics[2 * task.row] = log_sum_exp, back.statistics[2 * task.row + 1] = delta;
+    if (task.column == 0 && lane == 0) back.statistics[2 * task.row] = log_sum_exp, back.statistics[2 * task.row + 1] = delta;
     for (int64_t begin = 0; begin < p.forward.tokens; begin += kWarp) {
       const int64_t key = begin + lane, left = p.forward.tokens - begin;
       A weight = 0;
       if (lane < left)
-        weight = exp(dot(q, head.k.from(key).first, head.width) * scale - log_sum_exp) *
-                 (dot(grad, head.v.from(key).first, head.width) - delta);
+        weight =
+            exp(dot(q, head.k.from(key).first, head.width) * scale - log_sum_exp) * (dot(grad, head.v.from(key).first, head.width) - delta);
       add_weighted_rows(sums, weight, head.k.from(begin), left, task.column, head.width);
     }
     store_row(sums, scale, back.grad_q.from(task.row).first, task.column, head.width);

@@ -25,8 +25,8 @@ Shape shape_of(const Tensor& qkv, int64_t heads) {
   dtype_of("qkv", qkv);
   check_dim("qkv", qkv, 3, "(B, T, 3D)");
   CONVDIT_CHECK(heads >= 1, "num_heads: expected at least 1, got ", heads);
-  CONVDIT_CHECK(qkv.size(2) % (3 * heads) == 0, "qkv: expected a last size that 3 * num_heads = ", 3 * heads,
-                " divides, got shape ", describe(qkv));
+  CONVDIT_CHECK(qkv.size(2) % (3 * heads) == 0, "qkv: expected a last size that 3 * num_heads = ", 3 * heads, " divides, got shape ",
+                describe(qkv));
   return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
 }
 
@@ -38,8 +38,7 @@ Tensor no_rest(const Tensor& qkv, const Shape& s) { return allocate({s.batch, 0,
 // gaps, costs far less than reading them by the element.
 Tensor in_vectors(const Tensor& t, const Shape& s) {
   const int64_t vector = 16 / t.element_size();
-  const bool starts = t.stride(0) % vector == 0 && t.stride(1) % vector == 0 &&
-                      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  const bool starts = t.stride(0) % vector == 0 && t.stride(1) % vector == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   if (t.stride(2) == 1 && (starts || s.head_dim % vector != 0)) return t;
   Tensor copy = allocate_like(t);
   torch::stable::copy_(copy, t);
@@ -115,10 +114,14 @@ Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? 
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
   const Tensor qkv = rows_without_gaps(qkv_in);
-  StableIValue stack[7] = {from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
-                           from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
+  StableIValue stack[7] = {from(third(qkv, s, 0)),
+                           from(third(qkv, s, 1)),
+                           from(third(qkv, s, 2)),
+                           from(0.0),
+                           from(false),
+                           from(std::nullopt),
+                           from(std::optional<double>(scale))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
   const Tensor out = to<Tensor>(stack[0]), log_sum_exp = to<Tensor>(stack[1]);
   return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads), no_rest(qkv, s)};
 }
@@ -126,9 +129,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s,
 void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp, const Tensor&,
               const Tensor& grad_qkv, const Shape& s, double scale) {
   const Tensor qkv = rows_without_gaps(qkv_in), grad = rows_without_gaps(grad_in), out = rows_without_gaps(out_in);
-  StableIValue stack[10] = {from(by_heads(grad, s)), from(third(qkv, s, 0)), from(third(qkv, s, 1)), from(third(qkv, s, 2)),
-                            from(by_heads(out, s)), from(torch::stable::transpose(log_sum_exp, 1, 2)),
-                            from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
+  StableIValue stack[10] = {from(by_heads(grad, s)),
+                            from(third(qkv, s, 0)),
+                            from(third(qkv, s, 1)),
+                            from(third(qkv, s, 2)),
+                            from(by_heads(out, s)),
+                            from(torch::stable::transpose(log_sum_exp, 1, 2)),
+                            from(0.0),
+                            from(false),
+                            from(std::nullopt),
+                            from(std::optional<double>(scale))};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", stack, TORCH_ABI_VERSION));
   for (int64_t i = 0; i < 3; ++i) {
@@ -148,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_fwd(const Tensor& qkv, int64
   return forward(qkv, s, scale, save);
 }
 
-Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp,
-                            const Tensor& rest, int64_t num_heads, double scale) {
+Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp, const Tensor& rest,
+                            int64_t num_heads, double scale) {
   const Shape s = shape_of(qkv, num_heads);
   for (const auto& [name, t] : {std::tuple("grad", &grad), std::tuple("out", &out)}) {
     check_same_device(name, *t, "qkv", qkv);

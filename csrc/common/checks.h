@@ -37,7 +37,7 @@ template <class... Parts>
   (text << ... << parts);
   throw std::runtime_error(text.str());
 }
-#define CONVDIT_CHECK(condition, ...) \
+#define CONVDIT_CHECK(condition, ...)            \
   if (!(condition)) ::convdit::fail(__VA_ARGS__)
 
 inline std::string describe(const Tensor& t) {
@@ -67,8 +67,7 @@ inline DType dtype_of(const char* name, const Tensor& t) {
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default:
-      fail(name, ": expected float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+    default: fail(name, ": expected float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
   }
 }
 
@@ -95,8 +94,8 @@ inline void check_shape(const char* name, const Tensor& t, std::initializer_list
 }
 
 inline void check_same_device(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
-  CONVDIT_CHECK(t.is_cpu() == other.is_cpu() && t.get_device_index() == other.get_device_index(), name,
-                  ": expected the device of ", other_name, ", got another one");
+  CONVDIT_CHECK(t.is_cpu() == other.is_cpu() && t.get_device_index() == other.get_device_index(), name, ": expected the device of ",
+                other_name, ", got another one");
 }
 
 // A per-channel parameter of x: right shape, x's device, accumulate dtype; contiguous on return.
@@ -156,8 +155,7 @@ inline Runner torch_runner() {
     std::atomic<int64_t> next{0};
     const int64_t threads = torch::stable::get_num_threads();
     torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
-      for (int64_t task = next.fetch_add(1, std::memory_order_relaxed); task < tasks;
-           task = next.fetch_add(1, std::memory_order_relaxed))
+      for (int64_t task = next.fetch_add(1, std::memory_order_relaxed); task < tasks; task = next.fetch_add(1, std::memory_order_relaxed))
         body(closure, task);
     });
   };
@@ -194,9 +192,9 @@ inline void* current_stream(const Tensor& t) {
 // Who defines CONVDIT_RUN on the command line brings a device of its own (tests/simt).
 #ifndef CONVDIT_RUN
 #ifdef CONVDIT_DEVICE_CUDA
-#define CONVDIT_RUN(room, function, tensor, params)                                          \
-  do {                                                                                       \
-    torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());              \
+#define CONVDIT_RUN(room, function, tensor, params)                                                              \
+  do {                                                                                                           \
+    torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());                                  \
     convdit::check_launch(convdit::cuda::room##_##function(params, convdit::current_stream(tensor)), #function); \
   } while (0)
 #define CONVDIT_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(convdit, CUDA, m)

@@ -14,8 +14,7 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
   const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16)  // .cg: past L1, where a tile is not read twice
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
@@ -25,7 +24,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 // follow before other threads read what they brought.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // All of them, by all threads of the block.
 __device__ __forceinline__ void finish_copies() {
   commit_copies();

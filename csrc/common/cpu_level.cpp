@@ -14,8 +14,8 @@ CpuLevel best_level() {
 #if defined(CONVDIT_EMULATE_AVX512)
   const bool avx512 = avx2;
 #else
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
 #endif
   if (avx512) return CpuLevel::avx512;
   if (avx2) return CpuLevel::avx2;

@@ -24,16 +24,16 @@ int64_t cache_bytes();
 
 // Declares one table a level and `Type const& name_table()`, which picks.
 #if defined(__x86_64__)
-#define CONVDIT_CPU_TABLE(Type, name)                          \
-  namespace baseline { extern const Type name; }               \
-  namespace avx2 { extern const Type name; }                   \
-  namespace avx512 { extern const Type name; }                 \
-  inline const Type& name##_table() {                          \
-    switch (cpu_level()) {                                     \
-      case CpuLevel::avx512: return avx512::name;              \
-      case CpuLevel::avx2: return avx2::name;                  \
-      default: return baseline::name;                          \
-    }                                                          \
+#define CONVDIT_CPU_TABLE(Type, name)             \
+  namespace baseline { extern const Type name; }  \
+  namespace avx2 { extern const Type name; }      \
+  namespace avx512 { extern const Type name; }    \
+  inline const Type& name##_table() {             \
+    switch (cpu_level()) {                        \
+      case CpuLevel::avx512: return avx512::name; \
+      case CpuLevel::avx2: return avx2::name;     \
+      default: return baseline::name;             \
+    }                                             \
   }
 #else
 #define CONVDIT_CPU_TABLE(Type, name)                          \

@@ -92,8 +92,8 @@ int launch_add_weight_parts(const void* parts, int64_t count, int64_t taps, int6
 }
 template <class A>
 int launch_pack_weights(const void* weight, int64_t taps, int64_t channels, int64_t row, bool flip, void* packed, cudaStream_t stream) {
-  pack_weights<A><<<grid(ceil_div(taps * channels, kSumThreads)), kSumThreads, 0, stream>>>(
-      static_cast<const A*>(weight), taps, channels, row, flip, static_cast<A*>(packed));
+  pack_weights<A><<<grid(ceil_div(taps * channels, kSumThreads)), kSumThreads, 0, stream>>>(static_cast<const A*>(weight), taps, channels,
+                                                                                            row, flip, static_cast<A*>(packed));
   return launch_status();
 }
 

@@ -188,7 +188,8 @@ constexpr int64_t kEnoughRuns = 1024;
 
 template <class T, class Y>
 int norm_forward(const NormForward& p, cudaStream_t stream) {
-  const bool whole = p.width % kVector<T> == 0 && aligned(16, p.x, p.gate, p.shift, p.scale, p.residual, p.out) && branch_aligned<T, Y>(p.y);
+  const bool whole =
+      p.width % kVector<T> == 0 && aligned(16, p.x, p.gate, p.shift, p.scale, p.residual, p.out) && branch_aligned<T, Y>(p.y);
   if constexpr (sizeof(T) <= 4) {
     const int64_t run = p.batch * ceil_div(p.tokens, 64) >= kEnoughRuns ? 64 : 16;
     const int status = !whole ? -1 : with_vectors<32 / kVector<T>, T>(p.width, [&](auto n, unsigned threads) {

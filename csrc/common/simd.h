@@ -91,9 +91,13 @@ CONVDIT_INLINE float widen(f16 x) {
 template <class T>
 CONVDIT_INLINE T narrow(accum_t<T> x);
 template <>
-CONVDIT_INLINE float narrow<float>(float x) { return x; }
+CONVDIT_INLINE float narrow<float>(float x) {
+  return x;
+}
 template <>
-CONVDIT_INLINE double narrow<double>(double x) { return x; }
+CONVDIT_INLINE double narrow<double>(double x) {
+  return x;
+}
 template <>
 CONVDIT_INLINE bf16 narrow<bf16>(float x) {
   const uint32_t bits = to_bits(x);
@@ -211,12 +215,8 @@ CONVDIT_INLINE __m256i first(int64_t ints) {
   static constexpr int32_t mask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 8 - ints));
 }
-CONVDIT_INLINE Vec<float> load(const float* p, int64_t n) {
-  return reinterpret_cast<Vec<float>>(_mm256_maskload_ps(p, first(n)));
-}
-CONVDIT_INLINE Vec<double> load(const double* p, int64_t n) {
-  return reinterpret_cast<Vec<double>>(_mm256_maskload_pd(p, first(2 * n)));
-}
+CONVDIT_INLINE Vec<float> load(const float* p, int64_t n) { return reinterpret_cast<Vec<float>>(_mm256_maskload_ps(p, first(n))); }
+CONVDIT_INLINE Vec<double> load(const double* p, int64_t n) { return reinterpret_cast<Vec<double>>(_mm256_maskload_pd(p, first(2 * n))); }
 template <class H>
 CONVDIT_INLINE Vec<float> load(const H* p, int64_t n) {
   if (n == kFloats) return load(p);
@@ -225,8 +225,8 @@ CONVDIT_INLINE Vec<float> load(const H* p, int64_t n) {
   if (n & 4) std::memcpy(&low, p, 8);
   if (n & 1) last = p[n - 1].bits;
   if (n & 2) std::memcpy(&two, p + (n & 4), 4), last = last << 32 | two;
-  const __m128i halves = n & 4 ? _mm_set_epi64x(static_cast<int64_t>(last), static_cast<int64_t>(low))
-                               : _mm_cvtsi64_si128(static_cast<int64_t>(last));
+  const __m128i halves =
+      n & 4 ? _mm_set_epi64x(static_cast<int64_t>(last), static_cast<int64_t>(low)) : _mm_cvtsi64_si128(static_cast<int64_t>(last));
   return widen(reinterpret_cast<VecHalves>(halves), H{});
 }
 CONVDIT_INLINE void store_bytes(void* p, __m128i v, int64_t bytes) {
@@ -279,7 +279,9 @@ CONVDIT_INLINE void stream(H* p, Vec<float> v) {
 }
 #else
 template <class T>
-CONVDIT_INLINE void stream(T* p, Vec<accum_t<T>> v) { store(p, v); }
+CONVDIT_INLINE void stream(T* p, Vec<accum_t<T>> v) {
+  store(p, v);
+}
 #endif
 CONVDIT_INLINE void stream(double* p, Vec<double> v) { store(p, v); }
 CONVDIT_INLINE void stream_fence() {
@@ -301,8 +303,12 @@ CONVDIT_INLINE void store_lanes(T* p, Vec<accum_t<T>> v, int64_t n) {
 }
 
 // Calls f(first_lane, n, full) for each vector of `count` elements; full is std::true_type-like: decltype(full)::value.
-struct FullVector { static constexpr bool value = true; };
-struct PartVector { static constexpr bool value = false; };
+struct FullVector {
+  static constexpr bool value = true;
+};
+struct PartVector {
+  static constexpr bool value = false;
+};
 template <class A, class F>
 CONVDIT_INLINE void for_each_vector(int64_t count, const F& f) {
   int64_t i = 0;
@@ -356,11 +362,17 @@ CONVDIT_INLINE V rounded(V v) {
 }
 
 template <class V>
-CONVDIT_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+CONVDIT_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
 template <class V>
-CONVDIT_INLINE V vmin(V a, V b) { return a < b ? a : b; }
+CONVDIT_INLINE V vmin(V a, V b) {
+  return a < b ? a : b;
+}
 template <class V>
-CONVDIT_INLINE V vabs(V a) { return a < 0 ? -a : a; }
+CONVDIT_INLINE V vabs(V a) {
+  return a < 0 ? -a : a;
+}
 
 // e^x, relative error below 2e-7 (float); 0 below -104, infinity above 88.7.
 CONVDIT_INLINE Vec<float> exp(Vec<float> x) {

@@ -13,8 +13,7 @@ namespace {
 
 template <int N, class F>
 CONVDIT_INLINE void unroll(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) CONVDIT_FLAT { (f.template operator()<I>(), ...); }
-  (std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>) CONVDIT_FLAT { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -19,13 +19,21 @@ __device__ __forceinline__ float widen(f16 x) { return __half2float(__ushort_as_
 template <class T>
 __device__ __forceinline__ T narrow(accum_t<T> x);
 template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ double narrow<double>(double x) { return x; }
+__device__ __forceinline__ double narrow<double>(double x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ bf16 narrow<bf16>(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
 template <>
-__device__ __forceinline__ f16 narrow<f16>(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+__device__ __forceinline__ f16 narrow<f16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
 
 // Elements of T in 16 bytes, the widest access.
 template <class T>
@@ -56,8 +64,8 @@ __device__ __forceinline__ void put(T* p, const Bits<T, N>& bits) {
     } else {
 #pragma unroll
       for (int i = 0; i < static_cast<int>(sizeof(bits)) / 4; i += 4)
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint32_t*>(p) + i), "r"(words[i]),
-                     "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint32_t*>(p) + i), "r"(words[i]), "r"(words[i + 1]),
+                     "r"(words[i + 2]), "r"(words[i + 3])
                      : "memory");
     }
   } else {

@@ -58,13 +58,14 @@ struct Mlp {
 
   // u has the shape of the map and its device; the branch may have another dtype.
   Mlp(const Tensor& u, ScalarType branch, const Tensor& pwconv1_weight, const std::optional<Tensor>& pwconv1_bias,
-      const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias, double eps,
-      bool backward = false)
+      const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias,
+      double eps, bool backward = false)
       : eps(eps), batch(u.size(0)), sites(u.size(1) * u.size(2)), channels(u.size(3)), hidden(pwconv1_weight.size(0)), branch(branch) {
     weight1 = pointwise_weight("pwconv1_weight", pwconv1_weight, hidden, channels, branch, u);
     // The folding and the differentiated forms of GRN take one in any case.
     bias1 = pwconv1_bias ? check_parameter("pwconv1_bias", *pwconv1_bias, {hidden}, u) : allocate_zeros({hidden}, accumulate_dtype(u), u);
-    grn_weight = check_parameter("grn_weight", grn_weight_in, {hidden}, u), grn_bias = check_parameter("grn_bias", grn_bias_in, {hidden}, u);
+    grn_weight = check_parameter("grn_weight", grn_weight_in, {hidden}, u),
+    grn_bias = check_parameter("grn_bias", grn_bias_in, {hidden}, u);
     weight2 = pointwise_weight("pwconv2_weight", pwconv2_weight, channels, hidden, branch, u);
     if (pwconv2_bias) bias2 = check_parameter("pwconv2_bias", *pwconv2_bias, {channels}, u);
     const int64_t wanted = backward ? kHiddenValues / std::max<int64_t>(hidden, 1) : kSites;
@@ -76,9 +77,7 @@ struct Mlp {
 
   DType dtype() const { return dtype_of("pwconv1_weight", weight1); }
   Tensor scratch(int64_t width) const { return allocate({images * sites, width}, branch, weight1); }
-  Tensor part(const Tensor& matrix, int64_t first, int64_t count) const {
-    return slice(matrix, 0, first * sites, count * sites);
-  }
+  Tensor part(const Tensor& matrix, int64_t first, int64_t count) const { return slice(matrix, 0, first * sites, count * sites); }
   // f(first image, images) for a few images at a time, in order.
   template <class F>
   void for_parts(const F& f) const {
@@ -116,8 +115,14 @@ struct Mlp {
       CONVDIT_RUN(convnext_block, fold_scale, x, s);
     }
     multiply(wide, torch::stable::transpose(fold ? folded : weight2, 0, 1), product);
-    AddResidual r{count * sites, channels, dtype_of("x", x), dtype(), x.const_data_ptr(), product.const_data_ptr(),
-                  fold ? shift.const_data_ptr() : data(bias2), out.mutable_data_ptr()};
+    AddResidual r{count * sites,
+                  channels,
+                  dtype_of("x", x),
+                  dtype(),
+                  x.const_data_ptr(),
+                  product.const_data_ptr(),
+                  fold ? shift.const_data_ptr() : data(bias2),
+                  out.mutable_data_ptr()};
     CONVDIT_RUN(convnext_block, add_residual, x, r);
   }
 };
@@ -136,16 +141,17 @@ void check_branch(const Tensor& x, const char* name, const Tensor& t) {
 Tensor rows_of(const Tensor& map) { return torch::stable::view(map, {map.size(0) * map.size(1) * map.size(2), map.size(3)}); }
 
 // The whole block, without gradients.
-Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const std::optional<Tensor>& dwconv_bias, const Tensor& norm_weight,
-                          const Tensor& norm_bias, const Tensor& pwconv1_weight, const std::optional<Tensor>& pwconv1_bias,
-                          const Tensor& grn_weight, const Tensor& grn_bias, const Tensor& pwconv2_weight,
-                          const std::optional<Tensor>& pwconv2_bias, double eps) {
+Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const std::optional<Tensor>& dwconv_bias,
+                          const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& pwconv1_weight,
+                          const std::optional<Tensor>& pwconv1_bias, const Tensor& grn_weight, const Tensor& grn_bias,
+                          const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias, double eps) {
   check_map("x", x_in);
   check_dim("dwconv_weight", dwconv_weight, 4, "(C, 1, K, K)");
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
   check_branch(x_in, "pwconv1_weight", pwconv1_weight);
   const int64_t channels = x_in.size(3), kernel = dwconv_weight.size(3);
-  CONVDIT_CHECK(kernel % 2 == 1 && kernel <= kMaxKernel, "dwconv_weight: expected an odd kernel size from 1 to ", kMaxKernel, ", got ", kernel);
+  CONVDIT_CHECK(kernel % 2 == 1 && kernel <= kMaxKernel, "dwconv_weight: expected an odd kernel size from 1 to ", kMaxKernel, ", got ",
+                kernel);
   const Tensor conv_weight = check_parameter("dwconv_weight", dwconv_weight, {channels, 1, kernel, kernel}, x_in);
   const std::optional<Tensor> conv_bias = optional_vector("dwconv_bias", dwconv_bias, channels, x_in);
   const Tensor ln_weight = check_parameter("norm_weight", norm_weight, {channels}, x_in);
@@ -198,9 +204,8 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   const Tensor u = rows_of(dense(u_in)), wide = mlp.scratch(mlp.hidden), product = mlp.scratch(mlp.channels);
   mlp.prepare_forward();
   mlp.for_parts([&](int64_t first, int64_t count) {
-    mlp.forward(count, slice(x, 0, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count),
-                mlp.part(wide, 0, count), slice(norm, 0, first, count), mlp.part(product, 0, count),
-                slice(out, 0, first, count));
+    mlp.forward(count, slice(x, 0, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count), mlp.part(wide, 0, count),
+                slice(norm, 0, first, count), mlp.part(product, 0, count), slice(out, 0, first, count));
   });
   return {out, hidden, norm};
 }
@@ -222,8 +227,14 @@ struct WeightGrad {
     const Tensor turned = torch::stable::transpose(grad, 0, 1);
     multiply(turned, input, direct ? sum : product);
     if (!direct) {
-      AddResidual p{sum.size(0), sum.size(1), dtype_of("sum", sum), dtype_of("product", product), sum.const_data_ptr(), product.const_data_ptr(),
-                    nullptr, sum.mutable_data_ptr()};
+      AddResidual p{sum.size(0),
+                    sum.size(1),
+                    dtype_of("sum", sum),
+                    dtype_of("product", product),
+                    sum.const_data_ptr(),
+                    product.const_data_ptr(),
+                    nullptr,
+                    sum.mutable_data_ptr()};
       CONVDIT_RUN(convnext_block, add_residual, sum, p);
     }
     direct = false;

@@ -17,8 +17,7 @@ template <class A>
 void pack_weights(const DepthwiseConv& p, int64_t plane) {
   const int64_t taps = p.kernel * p.kernel;
   const Plane c = plane_channels<A>(p.channels, plane);
-  pack_taps(static_cast<const A*>(p.weight) + c.first * taps, c.lanes, taps, p.flip,
-            static_cast<A*>(p.packed) + plane * taps * lanes<A>);
+  pack_taps(static_cast<const A*>(p.weight) + c.first * taps, c.lanes, taps, p.flip, static_cast<A*>(p.packed) + plane * taps * lanes<A>);
 }
 
 template <class T>
@@ -37,8 +36,7 @@ void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, Range b
     int64_t out_step = lanes<A>;
     if constexpr (sizeof(T) == sizeof(A)) {
       if (c.lanes == lanes<A>) out = to, out_step = p.channels;
-      if (rows.outputs == 2)
-        return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
+      if (rows.outputs == 2) return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
     }
     for (int64_t i = 0; i < strip.tiles; ++i) {
       const auto& tile = strip.tile[i];
@@ -148,9 +146,8 @@ template <class T>
 void weight_grad(const DepthwiseConvWeightGrad& p, const Runner& run) {
   using A = accum_t<T>;
   const int64_t planes = plane_count<A>(p.channels), sums = (p.kernel * p.kernel + 1) * lanes<A>;
-  run(p.parts * planes, [&](int64_t task) {
-    weight_grad_part<T>(p, task / planes, task % planes, static_cast<A*>(p.workspace) + task * sums);
-  });
+  run(p.parts * planes,
+      [&](int64_t task) { weight_grad_part<T>(p, task / planes, task % planes, static_cast<A*>(p.workspace) + task * sums); });
   run(planes, [&](int64_t plane) { add_weight_parts<A>(p, plane); });
 }
 

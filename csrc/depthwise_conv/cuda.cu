@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeight
       Tile::template stage<threads, Tile::kWidth>(static_cast<const T*>(p.x) + map, p.height, p.width, p.channels, c0, h0 - kRadius + kept,
                                                   Tile::kRing - kept, w0 - kRadius, (slot + kept) % Tile::kRing, Tile::kRing,
                                                   Tile::kRingRow, ring);
-      Tile::template stage<threads, Tile::kColumns>(static_cast<const T*>(p.grad) + map, p.height, p.width, p.channels, c0, h0,
-                                                    Tile::kRows, w0, 0, Tile::kRows, Tile::kColumns * kChannels, grad_tile);
+      Tile::template stage<threads, Tile::kColumns>(static_cast<const T*>(p.grad) + map, p.height, p.width, p.channels, c0, h0, Tile::kRows,
+                                                    w0, 0, Tile::kRows, Tile::kColumns * kChannels, grad_tile);
       finish_copies();
       const int rows = p.height - h0 < Tile::kRows ? static_cast<int>(p.height - h0) : Tile::kRows;
 #pragma unroll 1

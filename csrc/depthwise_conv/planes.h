@@ -59,8 +59,12 @@ struct Strip {
 template <class A>
 Strip<A> make_strip(const Map& map, Range columns) {
   const int64_t radius = map.kernel / 2;
-  Strip<A> s{columns.first, columns.last - columns.first, larger(0, radius - columns.first),
-             larger(0, columns.last + radius - map.width), ceil_div(columns.last - columns.first, kMaxTile), {}};
+  Strip<A> s{columns.first,
+             columns.last - columns.first,
+             larger(0, radius - columns.first),
+             larger(0, columns.last + radius - map.width),
+             ceil_div(columns.last - columns.first, kMaxTile),
+             {}};
   for (int64_t i = 0; i < s.tiles; ++i) {
     const Range tile = part_of(s.columns, s.tiles, i);
     const int side = (s.first + tile.first > 0 ? kHasLeft : 0) | (s.first + tile.last < map.width ? kHasRight : 0);

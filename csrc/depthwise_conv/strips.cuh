@@ -31,12 +31,14 @@ struct Tile {
       const bool inside = w >= 0 && w < map_width && c0 + c < channels;
       const T* from = inside ? map + w * channels + c0 + c : map;
       // Rows `begin` to `end` - 1 lie in the map.
-      const int begin = inside ? static_cast<int>(top - first) : rows, end = height - first < rows ? static_cast<int>(height - first) : rows;
+      const int begin = inside ? static_cast<int>(top - first) : rows;
+      const int end = height - first < rows ? static_cast<int>(height - first) : rows;
       const int64_t step = lanes * map_width * channels;
       const unsigned count = end > begin ? end - begin : 0;
       int y = i / places;
       from += (first + y) * map_width * channels;
-      const unsigned row = shared_row * sizeof(T), ring = slots * row, base = shared_address(shared + x * kChannels + c), end_of_ring = base + ring;
+      const unsigned row = shared_row * sizeof(T), ring = slots * row, base = shared_address(shared + x * kChannels + c),
+                     end_of_ring = base + ring;
       unsigned to = base + (slot + y) % slots * row;
       for (; y < rows; y += lanes, from += step) {
         copy_async<16>(to, from, static_cast<unsigned>(y - begin) < count);
@@ -113,7 +115,8 @@ __device__ __forceinline__ void convolve(const DepthwiseConv& p, const Run& run,
 #pragma unroll
       for (int k = 0; k < kTaps; ++k) {
         taps[1][k][0] = taps[0][k][0], taps[1][k][1] = taps[0][k][1];
-        if constexpr (decltype(first_row)::value) load(weights + (kernel_row * kTaps + k) * kWeightRow + place.channel, 2, true, taps[0][k]);
+        if constexpr (decltype(first_row)::value)
+          load(weights + (kernel_row * kTaps + k) * kWeightRow + place.channel, 2, true, taps[0][k]);
       }
       const int row = slot + place.row + kernel_row, ring_row = row < Tile::kRing ? row : row - Tile::kRing;
       const T* from = ring + ring_row * Tile::kRingRow + place.column * kChannels + place.channel;

@@ -54,7 +54,8 @@ __device__ __forceinline__ float2 merge_sites(const float (&values)[Sites][2], c
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_norm_strips(DepthwiseConvLayerNorm p, Tiles tiles, int64_t length) {
+__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills)
+    forward_norm_strips(DepthwiseConvLayerNorm p, Tiles tiles, int64_t length) {
   constexpr int threads = kForwardThreads<T, Tile>, rows = Tile::kUnitRows, columns = Tile::kUnitColumns, width = Tile::kColumns;
   extern __shared__ __align__(16) unsigned char bytes[];
   // Of each site of the run: the mean and the sum of squares about it, over the channels so far; then the mean and 1/deviation.
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_n
       const Merges merges(place.channel, channels - c0);
       const float before = static_cast<float>(c0), total = static_cast<float>(channels - c0 < kChannels ? channels : c0 + kChannels);
       const float share = (total - before) / total;
-      convolve<T, Tile>(conv, run, c0, bytes, [&](int64_t h0, const float(&sum)[rows][columns][2]) {
+      convolve<T, Tile>(conv, run, c0, bytes, [&](int64_t h0, const float (&sum)[rows][columns][2]) {
         store_unit<T, Tile>(conv, run, c0, h0, sum);
         float values[rows * columns][2];  // as they are written: the norm is of those
 #pragma unroll

@@ -17,9 +17,7 @@ constexpr int kMaxTile = kVectorRegisters == 32 ? 14 : 7;
 enum Sides : int { kAlone = 0, kHasLeft = 1, kHasRight = 2, kInner = 3 };
 constexpr int kSides = 4;
 // Whether column C of x, counted from the leftmost tap, lies in the map.
-constexpr bool tile_reads(int C, int columns, int side) {
-  return (C >= 3 || (side & kHasLeft)) && (C < columns + 3 || (side & kHasRight));
-}
+constexpr bool tile_reads(int C, int columns, int side) { return (C >= 3 || (side & kHasLeft)) && (C < columns + 3 || (side & kHasRight)); }
 
 // What a tile reads. x[i] + offset is the leftmost tap of the tile's first column at kernel row i.
 template <class A>
@@ -66,7 +64,8 @@ __attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* wei
 // Two rows of output of a map as narrow as the tile: twice the sums for each value of x, and no chain is left waiting. x[i] is the
 // map's row under kernel row i of the first output row, and under kernel row i - 1 of the second.
 template <class A, int Columns>
-__attribute__((noinline)) void forward_pair_7(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step, int64_t out_row) {
+__attribute__((noinline)) void forward_pair_7(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step,
+                                              int64_t out_row) {
   Vec<A> sum[2][Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { sum[0][I] = sum[1][I] = start; });
   // The output rows First to Last - 1 take what row i of x adds to them.
@@ -180,8 +179,8 @@ constexpr ForwardPair<float> forward_pair() {
 }
 template <int Side, int... I>
 constexpr Tiles<float> make_tiles_7(std::integer_sequence<int, I...>) {
-  return {{nullptr, forward_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...},
-          {nullptr, weight_tile_7<float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side>...},
+  return {{nullptr, forward_tile_7 < float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side > ...},
+          {nullptr, weight_tile_7 < float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side > ...},
           {nullptr, forward_pair<I + 1, Side>()...}};
 }
 using TileWidths = std::make_integer_sequence<int, kMaxTile>;

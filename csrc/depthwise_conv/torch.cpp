@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad_in, c
 }
 
 // `save`: also what the backward needs, the convolution's output and each site's mean and 1/deviation; else empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_fwd(
-    const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& ln_weight_in, const Tensor& ln_bias_in,
-    double eps, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_fwd(const Tensor& x_in, const Tensor& weight_in,
+                                                                           const std::optional<Tensor>& bias_in, const Tensor& ln_weight_in,
+                                                                           const Tensor& ln_bias_in, double eps, bool save) {
   check_map("x", x_in);
   const Tensor weight = check_weight(weight_in, x_in);
   const std::optional<Tensor> bias = check_bias(bias_in, x_in);
@@ -127,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_fwd(
   return {out, conv, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(
-    const Tensor& grad_in, const Tensor& conv_in, const Tensor& ln_weight_in, const Tensor& mean_in, const Tensor& rstd_in) {
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(const Tensor& grad_in, const Tensor& conv_in, const Tensor& ln_weight_in,
+                                                                   const Tensor& mean_in, const Tensor& rstd_in) {
   check_map("conv", conv_in);
   const int64_t n = conv_in.size(0), h = conv_in.size(1), w = conv_in.size(2), channels = conv_in.size(3);
   check_same_device("grad", grad_in, "conv", conv_in);

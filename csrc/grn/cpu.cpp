@@ -137,9 +137,11 @@ CONVDIT_INLINE void for_each_few_rows(int64_t rows, int64_t channels, const F& f
   constexpr int kFew = 4;
   int64_t row = 0;
   for (; row + kFew <= rows; row += kFew)
-    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) { f(row, Constant<kFew>{}, i, n, full); });
+    for_each_vector<A>(channels,
+                       [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) { f(row, Constant<kFew>{}, i, n, full); });
   for (; row < rows; ++row)
-    for_each_vector<A>(channels, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) { f(row, Constant<1>{}, i, n, full); });
+    for_each_vector<A>(channels,
+                       [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) { f(row, Constant<1>{}, i, n, full); });
 }
 
 // sums[c] = sum of g^2 over the tile's rows; g itself goes to `kept` where Keep.
@@ -206,7 +208,8 @@ void forward(const Grn& p, const Runner& run) {
       },
       [&](int64_t image) {
         const int64_t tile = p.first_tile[image], at = image * channels;
-        finish_image(sums + tile * channels, p.first_tile[image + 1] - tile, channels, static_cast<A>(p.eps), weight, norm + at, scales + at);
+        finish_image(sums + tile * channels, p.first_tile[image + 1] - tile, channels, static_cast<A>(p.eps), weight, norm + at,
+                     scales + at);
       },
       [&](Tile t, int64_t) {
         if (p.scale != nullptr) return;

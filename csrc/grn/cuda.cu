@@ -57,7 +57,8 @@ __device__ __forceinline__ A activate(A x) {
 
 // Calls f(row, values of x, values of grad) on the rows of a tile that belong to this thread's group; grad may be null.
 template <int V, class T, class F>
-__device__ __forceinline__ void for_rows(const Tile& tile, const Plan& plan, int64_t channels, int64_t c, const T* x, const T* grad, const F& f) {
+__device__ __forceinline__ void for_rows(const Tile& tile, const Plan& plan, int64_t channels, int64_t c, const T* x, const T* grad,
+                                         const F& f) {
   const int64_t group = threadIdx.x / plan.width;
   for (int64_t row = tile.first + group; row < tile.last; row += kAhead * plan.groups) {
     Bits<T, V> x_bits[kAhead] = {}, grad_bits[kAhead] = {};
@@ -147,7 +148,7 @@ __device__ __forceinline__ void for_images(const GrnShape& p, const Plan& plan, 
 // `means`: (images, C / 32 rounded up), sums of 32 norms.
 template <class A>
 __global__ void __launch_bounds__(kThreads, kNoSpills) finish_norms(GrnShape p, Plan plan, const A* parts, A* norm, A* means) {
-  for_images<1>(p, plan, parts, [&](int64_t image, int64_t block, int64_t c, bool exists, const double(&sum)[1]) {
+  for_images<1>(p, plan, parts, [&](int64_t image, int64_t block, int64_t c, bool exists, const double (&sum)[1]) {
     const double root = sqrt(sum[0]), total = warp_sum(root);
     if (exists) norm[image * p.channels + c] = static_cast<A>(root);
     if (threadIdx.x == 0) means[image * p.channels + block] = static_cast<A>(total);
@@ -160,8 +161,9 @@ struct Sums {
   A *grad_g, *grad, *means, *dots;
 };
 template <class A>
-__global__ void __launch_bounds__(kThreads, kNoSpills) finish_sums(GrnShape p, Plan plan, const A* parts, const A* norm, const A* weight, Sums<A> sums) {
-  for_images<2>(p, plan, parts, [&](int64_t image, int64_t block, int64_t c, bool exists, const double(&sum)[2]) {
+__global__ void __launch_bounds__(kThreads, kNoSpills)
+    finish_sums(GrnShape p, Plan plan, const A* parts, const A* norm, const A* weight, Sums<A> sums) {
+  for_images<2>(p, plan, parts, [&](int64_t image, int64_t block, int64_t c, bool exists, const double (&sum)[2]) {
     const double root = exists ? norm[image * p.channels + c] : A(0);
     const double total = warp_sum(root), dot = warp_sum(exists ? weight[c] * sum[0] * root : 0.0);
     if (exists) {
@@ -225,11 +227,12 @@ __global__ void __launch_bounds__(kThreads, kNoSpills) apply_forward(Grn p, Plan
     factors.read(thread, factor);
     biases.read(thread, bias);
     T* y = static_cast<T*>(p.y) + c;
-    for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(nullptr), [&](int64_t row, A(&v)[V], const A(&)[V]) {
+    for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(nullptr),
+                [&](int64_t row, A(&v)[V], const A(&)[V]) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) v[k] = activate<Gelu>(v[k]) * factor[k] + bias[k];
-      store(y + row * p.channels, V, true, v);
-    });
+                  for (int k = 0; k < V; ++k) v[k] = activate<Gelu>(v[k]) * factor[k] + bias[k];
+                  store(y + row * p.channels, V, true, v);
+                });
   }
 }
 
@@ -246,7 +249,8 @@ __global__ void __launch_bounds__(kThreads, kNoSpills) apply_backward(GrnBackwar
     if (threadIdx.x < kWarp) {  // the tile before has been read: all threads have met since, before its rows
       const Tile tile = find_tile(p, plan, slot);
       const A total = warp_total(p, sums.means, tile.image), dot = warp_total(p, sums.dots, tile.image);
-      if (threadIdx.x == 0) shared_tile = tile, shared_mean = total / static_cast<A>(p.channels), shared_dot = dot / static_cast<A>(p.channels);
+      if (threadIdx.x == 0)
+        shared_tile = tile, shared_mean = total / static_cast<A>(p.channels), shared_dot = dot / static_cast<A>(p.channels);
     }
     __syncthreads();
     const Tile tile = shared_tile;
@@ -265,18 +269,19 @@ __global__ void __launch_bounds__(kThreads, kNoSpills) apply_backward(GrnBackwar
     of_grad.read(thread, by_grad);
     of_g.read(thread, by_g);
     T* grad_x = static_cast<T*>(p.grad_x) + c;
-    for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(p.grad), [&](int64_t row, A(&v)[V], const A(&g)[V]) {
+    for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(p.grad),
+                [&](int64_t row, A(&v)[V], const A(&g)[V]) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        if constexpr (Gelu) {
-          const A cdf = normal_cdf(v[k]);
-          v[k] = (g[k] * by_grad[k] + v[k] * cdf * by_g[k]) * (cdf + v[k] * normal_pdf(v[k]));
-        } else {
-          v[k] = g[k] * by_grad[k] + v[k] * by_g[k];
-        }
-      }
-      store(grad_x + row * p.channels, V, true, v);
-    });
+                  for (int k = 0; k < V; ++k) {
+                    if constexpr (Gelu) {
+                      const A cdf = normal_cdf(v[k]);
+                      v[k] = (g[k] * by_grad[k] + v[k] * cdf * by_g[k]) * (cdf + v[k] * normal_pdf(v[k]));
+                    } else {
+                      v[k] = g[k] * by_grad[k] + v[k] * by_g[k];
+                    }
+                  }
+                  store(grad_x + row * p.channels, V, true, v);
+                });
   }
 }
 
@@ -339,8 +344,8 @@ int backward(const GrnBackward& p, cudaStream_t stream) {
   const unsigned tiles = grid(plan.slots * plan.chunks);
   sum_tiles<T, V, Gelu, 2><<<tiles, kThreads, 0, stream>>>(p, plan, static_cast<const T*>(p.x), static_cast<const T*>(p.grad), parts);
   if (const int status = launch_status()) return status;
-  finish_sums<A><<<grid(p.images * ceil_div(p.channels, kWarp)), kThreads, 0, stream>>>(
-      p, plan, parts, static_cast<const A*>(p.norm), static_cast<const A*>(p.weight), sums);
+  finish_sums<A><<<grid(p.images * ceil_div(p.channels, kWarp)), kThreads, 0, stream>>>(p, plan, parts, static_cast<const A*>(p.norm),
+                                                                                        static_cast<const A*>(p.weight), sums);
   if (const int status = launch_status()) return status;
   apply_backward<T, V, Gelu><<<tiles, kThreads, 0, stream>>>(p, plan, sums);
   if (const int status = launch_status()) return status;

@@ -30,9 +30,7 @@ constexpr int64_t grn_tile_rows(int64_t channels) {
   return rows < 8 ? 8 : rows > 64 ? 64 : rows;
 }
 // No fewer tiles than there are, whatever the offsets.
-constexpr int64_t grn_max_tiles(int64_t images, int64_t rows, int64_t channels) {
-  return rows / grn_tile_rows(channels) + images;
-}
+constexpr int64_t grn_max_tiles(int64_t images, int64_t rows, int64_t channels) { return rows / grn_tile_rows(channels) + images; }
 
 struct Grn : GrnShape {
   const void *x, *weight, *bias;

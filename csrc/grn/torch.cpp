@@ -75,11 +75,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const GrnShape& shape, const Tensor&
 std::tuple<Tensor, Tensor> grn_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool gelu) {
   return forward(dense_shape(x, eps, gelu), x, weight, bias);
 }
-std::tuple<Tensor, Tensor, Tensor> grn_bwd(const Tensor& grad, const Tensor& x, const Tensor& norm, const Tensor& weight, double eps, bool gelu) {
+std::tuple<Tensor, Tensor, Tensor> grn_bwd(const Tensor& grad, const Tensor& x, const Tensor& norm, const Tensor& weight, double eps,
+                                           bool gelu) {
   return backward(dense_shape(x, eps, gelu), grad, x, norm, weight);
 }
-std::tuple<Tensor, Tensor> sparse_grn_fwd(const Tensor& features, const Tensor& weight, const Tensor& bias, const Tensor& offsets, double eps,
-                                          bool gelu) {
+std::tuple<Tensor, Tensor> sparse_grn_fwd(const Tensor& features, const Tensor& weight, const Tensor& bias, const Tensor& offsets,
+                                          double eps, bool gelu) {
   return forward(packed_shape(features, offsets, eps, gelu), features, weight, bias);
 }
 std::tuple<Tensor, Tensor, Tensor> sparse_grn_bwd(const Tensor& grad, const Tensor& features, const Tensor& norm, const Tensor& weight,

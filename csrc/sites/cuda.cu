@@ -19,7 +19,9 @@ struct Site {
   }
   __device__ int64_t cell(const Neighbors& p) const { return (image * p.height + row) * p.width + column; }
 };
-__device__ __forceinline__ Site site_of(const Neighbors& p, int64_t i) { return {p.indices[3 * i], p.indices[3 * i + 1], p.indices[3 * i + 2]}; }
+__device__ __forceinline__ Site site_of(const Neighbors& p, int64_t i) {
+  return {p.indices[3 * i], p.indices[3 * i + 1], p.indices[3 * i + 2]};
+}
 
 __global__ void clear_map(Neighbors p) {
   for (int64_t i = first_index(); i < p.images * p.height * p.width; i += step()) p.map[i] = -1;

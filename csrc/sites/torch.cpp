@@ -31,8 +31,8 @@ Tensor neighbors(const Tensor& indices_in, int64_t n, int64_t h, int64_t w, int6
 #ifndef CONVDIT_DEVICE_CUDA
   if (outside >= 0) {
     const int32_t* site = p.indices + 3 * outside;
-    fail("indices: expected image, row, column inside ", n, " maps of ", h, "x", w, ", got (", site[0], ", ", site[1], ", ",
-         site[2], ") in row ", outside);
+    fail("indices: expected image, row, column inside ", n, " maps of ", h, "x", w, ", got (", site[0], ", ", site[1], ", ", site[2],
+         ") in row ", outside);
   }
 #endif
   return table;

@@ -14,7 +14,9 @@ namespace {
 constexpr int kSide = 7, kHalf = 3, kTaps = 49;
 
 template <class A>
-int64_t vectors_of(int64_t channels) { return ceil_div(channels, lanes<A>); }
+int64_t vectors_of(int64_t channels) {
+  return ceil_div(channels, lanes<A>);
+}
 
 // A vector of channels. The last one overlaps the one before it, so that it is full, too: a masked load costs the units that
 // multiply. Only where there are fewer channels than lanes a vector is not full.

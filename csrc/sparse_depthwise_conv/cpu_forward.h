@@ -99,8 +99,7 @@ CONVDIT_INLINE void tile4(const Forward<float>& f, int64_t block, int64_t vector
     unroll<kSide>([&]<int k>() CONVDIT_FLAT {
       constexpr int shift = Top + k - kHalf - dy * B;  // output row r reads the block's row r + shift
       constexpr int first = shift < 0 ? -shift : 0, last = B - 1 - shift < Rows - 1 ? B - 1 - shift : Rows - 1;
-      if constexpr (first <= last)
-        add_rows<B, first, last, 1 << column>(out, x, first + shift, channels, weights + k * kSide * kFloats);
+      if constexpr (first <= last) add_rows<B, first, last, 1 << column>(out, x, first + shift, channels, weights + k * kSide * kFloats);
     });
   });
   float* y = f.y + (block * B * B + Top * B) * channels + channel;
@@ -208,9 +207,8 @@ void block2(const Forward<float>& f, const Sources2& list, int64_t block, int64_
     }
   });
   float* y = f.y + block * B * B * channels + channel;
-  unroll<V>([&]<int v>() CONVDIT_FLAT {
-    unroll<B * B>([&]<int o>() CONVDIT_FLAT { store(y + o * channels + v * kFloats, out[v * B * B + o]); });
-  });
+  unroll<V>([&]<int v>()
+                CONVDIT_FLAT { unroll<B * B>([&]<int o>() CONVDIT_FLAT { store(y + o * channels + v * kFloats, out[v * B * B + o]); }); });
 }
 
 constexpr int64_t kListedBlocks = 16;

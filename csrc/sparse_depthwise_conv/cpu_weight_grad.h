@@ -30,15 +30,16 @@ struct Pair {
 
 // Each group's sum starts from zero: fewer terms meet a large total, so less is rounded away.
 template <class A, class V>
-CONVDIT_INLINE void add_to(A* sum, V total) { store(sum, load(sum) + total); }
+CONVDIT_INLINE void add_to(A* sum, V total) {
+  store(sum, load(sum) + total);
+}
 
 template <class A>
 void add_bias_sums(A* sums, const A* grad, int64_t rows, int64_t channels, int64_t n) {
   Vec<A> total[4] = {};
   int64_t row = 0;
   if (n == lanes<A>)
-    for (; row + 4 <= rows; row += 4)
-      unroll<4>([&]<int r>() CONVDIT_FLAT { total[r] += load(grad + (row + r) * channels); });
+    for (; row + 4 <= rows; row += 4) unroll<4>([&]<int r>() CONVDIT_FLAT { total[r] += load(grad + (row + r) * channels); });
   for (; row < rows; ++row) total[0] += load(grad + row * channels, n);
   add_to(sums, (total[0] + total[1]) + (total[2] + total[3]));
 }
@@ -48,7 +49,7 @@ void add_bias_sums(A* sums, const A* grad, int64_t rows, int64_t channels, int64
 // to the right bring.
 template <int B, int Dx>
 struct Columns {
-  static constexpr int kLeft = larger(0, Dx * B - (B - 1) + kHalf), kCount = smaller(kSide - 1, Dx * B + B - 1 + kHalf) - kLeft + 1;
+  static constexpr int kLeft = larger(0, Dx* B - (B - 1) + kHalf), kCount = smaller(kSide - 1, Dx* B + B - 1 + kHalf) - kLeft + 1;
 
   CONVDIT_INLINE static void add(Vec<float>* total, const float* grad, const float* in, int64_t channels) {
     Vec<float> d[B];
@@ -87,7 +88,8 @@ CONVDIT_INLINE void add_rows8(Vec<float>* total, const float* grad, const BlockR
   });
 }
 
-inline void add_block8(const WeightGrad<float>& w, int64_t block, int64_t chunk, int64_t vector, Ahead<false>& next_grad, Ahead<false>& next_x) {
+inline void add_block8(const WeightGrad<float>& w, int64_t block, int64_t chunk, int64_t vector, Ahead<false>& next_grad,
+                       Ahead<false>& next_x) {
   constexpr int B = 8, R = kVectorRegisters >= 32 ? 2 : 1, kRows = 4 * R;  // 4 rows a sum: those of more would lose digits
   const int64_t channels = w.p.channels, channel = w.channels(vector).first;
   const float *const grad = w.grad + block * B * B * channels + channel, *const x = w.x + channel;
@@ -153,7 +155,8 @@ void add_pairs2(float* const* sums, const Pair* pairs, int count, const float* g
         unroll<B>([&]<int s>() CONVDIT_FLAT {  // input row s meets output row r in kernel row
           constexpr int kh = s + Dy * B - r + kHalf;
           if constexpr (kh >= 0 && kh < kSide)
-            C::add(total + v * kCount + (kh - R::kLeft) * C::kCount, g + r * B * channels + v * kFloats, in + s * B * channels + v * kFloats, channels);
+            C::add(total + v * kCount + (kh - R::kLeft) * C::kCount, g + r * B * channels + v * kFloats,
+                   in + s * B * channels + v * kFloats, channels);
         });
       });
     });
@@ -216,7 +219,8 @@ template <int B>
 void weight_grad_blocks(const WeightGrad<float>& w, const Runner& run) {
   constexpr int V = kVectorRegisters >= 32 ? 2 : 1;
   const int64_t blocks = w.p.blocks, per_chunk = (blocks + w.chunks - 1) / w.chunks;
-  const int64_t vectors = w.vectors, full = w.p.channels / kFloats, ranges = ceil_div(vectors, kVectorsPerTask), size = B * B * w.p.channels;
+  const int64_t vectors = w.vectors, full = w.p.channels / kFloats, ranges = ceil_div(vectors, kVectorsPerTask),
+                size = B * B * w.p.channels;
   run(w.chunks * ranges, [&](int64_t task) {
     const int64_t chunk = task / ranges, first = task % ranges * kVectorsPerTask, end = smaller(first + kVectorsPerTask, vectors);
     float* sums = w.sums(chunk, first);
@@ -245,7 +249,8 @@ void weight_grad_blocks(const WeightGrad<float>& w, const Runner& run) {
 constexpr int64_t kSitesPerGroup = 64;
 
 template <bool Full, int V, class A>
-void add_site_group(const WeightGrad<A>& w, const Pair (*pairs)[kSitesPerGroup], const int* count, int64_t chunk, int64_t ky, int64_t vector) {
+void add_site_group(const WeightGrad<A>& w, const Pair (*pairs)[kSitesPerGroup], const int* count, int64_t chunk, int64_t ky,
+                    int64_t vector) {
   const int64_t channels = w.p.channels, kernel = w.p.kernel;
   const auto [channel, n] = w.channels(vector);
   const A *grad = w.grad + channel, *x = w.x + channel;

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_windows(SparseDepthwise p
 #pragma unroll
           for (int k = 0; k < kTaps; ++k) taps[0][k][0] = weights[(kernel_row * kTaps + k) * kWeightRow + c];
         }
-        for_row<B>(x, shared, w, p.channels, table, row + kernel_row - kRadius, c, [&](int column, const float(&v)[1]) {
+        for_row<B>(x, shared, w, p.channels, table, row + kernel_row - kRadius, c, [&](int column, const float (&v)[1]) {
           if constexpr (decltype(first)::value) add_taps(column, v, taps[0], sum[0]);
           if constexpr (decltype(last)::value && S::kRows == 2) add_taps(column, v, taps[S::kRows - 1], sum[S::kRows - 1]);
         });
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kWarp* kTaps, 3) weight_windows(SparseDepthwis
             bias += grad[j];
           }
           for_row<B>(static_cast<const T*>(p.x), x_shared, w, p.channels, table, y + kernel_row - kRadius, c,
-                     [&](int column, const float(&v)[1]) {
+                     [&](int column, const float (&v)[1]) {
 #pragma unroll
                        for (int j = 0; j < B; ++j) {
                          const int tap = column - j + kRadius;
@@ -286,7 +286,8 @@ int forward(const SparseDepthwise& p, cudaStream_t stream) {
   if (fast >= 0) return fast;
   const int64_t taps = p.kernel * p.kernel, row = padded(p.channels, kSparseDepthwisePadding);
   if (const int status = launch_pack_weights<A>(p.weight, taps, p.channels, row, p.flip, p.workspace, stream)) return status;
-  forward_sites<T><<<grid(ceil_div(p.blocks * p.block * p.block * p.channels, kThreads)), kThreads, 0, stream>>>(p, static_cast<const A*>(p.workspace));
+  forward_sites<T>
+      <<<grid(ceil_div(p.blocks * p.block * p.block * p.channels, kThreads)), kThreads, 0, stream>>>(p, static_cast<const A*>(p.workspace));
   return launch_status();
 }
 

@@ -33,9 +33,7 @@ Tensor check_weight(const Tensor& weight, const char* name, const Tensor& featur
   return check_parameter("weight", weight, {features.size(1), 1, weight.size(2), weight.size(2)}, features);
 }
 
-int64_t padded(int64_t channels) {
-  return (channels + kSparseDepthwisePadding - 1) / kSparseDepthwisePadding * kSparseDepthwisePadding;
-}
+int64_t padded(int64_t channels) { return (channels + kSparseDepthwisePadding - 1) / kSparseDepthwisePadding * kSparseDepthwisePadding; }
 
 // Room for a copy in float32 of features in halves: the CPU kernels read each about ten times, and convert it once.
 Tensor wide_copy(const Tensor& features) {
@@ -68,8 +66,8 @@ Tensor convolve(const char* name, const Tensor& features_in, const Tensor& weigh
   return y;
 }
 
-Tensor sparse_depthwise_conv2d_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
-                                   const Tensor& neighbors, int64_t block) {
+Tensor sparse_depthwise_conv2d_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& neighbors,
+                                   int64_t block) {
   return convolve("features", features, weight, bias, neighbors, block, false);
 }
 
@@ -77,8 +75,8 @@ Tensor sparse_depthwise_conv2d_input_grad(const Tensor& grad, const Tensor& weig
   return convolve("grad", grad, weight, std::nullopt, neighbors, block, true);
 }
 
-std::tuple<Tensor, Tensor> sparse_depthwise_conv2d_weight_grad(const Tensor& grad_in, const Tensor& features_in,
-                                                               const Tensor& neighbors_in, int64_t block, int64_t kernel) {
+std::tuple<Tensor, Tensor> sparse_depthwise_conv2d_weight_grad(const Tensor& grad_in, const Tensor& features_in, const Tensor& neighbors_in,
+                                                               int64_t block, int64_t kernel) {
   const int64_t blocks = check_features("features", features_in, neighbors_in, block, kernel), channels = features_in.size(1);
   check_same_device("grad", grad_in, "features", features_in);
   check_shape("grad", grad_in, {features_in.size(0), channels});
