@@ -75,9 +75,9 @@ def make(name: str) -> nn.Module:
     return model.train()
 
 
-def call(name: str, model: nn.Module, n: int = 2) -> list[torch.Tensor]:
+def call(name: str, model: nn.Module, n: int = 2, seed: int = 1) -> list[torch.Tensor]:
     """What the model gives for an input of the same values in each dtype."""
-    generator, dtype = torch.Generator().manual_seed(1), next(model.parameters()).dtype
+    generator, dtype = torch.Generator().manual_seed(seed), next(model.parameters()).dtype
 
     def randn(*shape):
         return torch.randn(shape, generator=generator).to(dtype)

@@ -32,10 +32,10 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(name, model):
+def run(name, model, seed=1):
     """Values and gradients, and which operators ran."""
     with Operators() as operators:
-        outs = families.call(name, model)
+        outs = families.call(name, model, seed=seed)
         generator = torch.Generator().manual_seed(3)
         loss = sum((o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum() for o in outs)
         wanted = [p for p in model.parameters() if p.requires_grad]
@@ -64,14 +64,19 @@ def test_values_and_gradients_keep_to_the_error_rule(results, name, training):
     model, fast, report = results(name)
     model.train(training)
     fast.train(training)
-    right, plain, ours = run(name, copy.deepcopy(model).double()), run(name, model), run(name, fast)
-    assert not plain[2] and ours[2], "the operators must run where, and only where, they were put"
+    double = copy.deepcopy(model).double()
+    # Through a whole model, whose error is the larger in one gradient of one input is luck: several inputs together.
+    draws = [[run(name, m, seed) for m in (fast, model, double)] for seed in (1, 2, 3)]
     assert report.swapped
-    assert max(o.abs().max() for o in right[0]) > 0.01
+    for ours, plain, right in draws:
+        assert not plain[2] and ours[2], "the operators must run where, and only where, they were put"
+        assert max(o.abs().max() for o in right[0]) > 0.01
     for kind in (0, 1):
-        for i, (o, p, r) in enumerate(zip(ours[kind], plain[kind], right[kind], strict=True)):
-            assert o.dtype == p.dtype and o.shape == p.shape
-            o, p, r = (t.flatten() for t in (o, p, r))
+        for i in range(len(draws[0][0][kind])):
+            for ours, plain, right in draws:
+                assert ours[kind][i].dtype == plain[kind][i].dtype and ours[kind][i].shape == plain[kind][i].shape
+                assert len(ours[kind]) == len(plain[kind]) == len(right[kind])
+            o, p, r = (torch.cat([draw[who][kind][i].flatten() for draw in draws]) for who in (0, 1, 2))
             assert_rows_close(o, p, r, torch.float32, f"{name}, {('value', 'gradient')[kind]} {i}")
 
 

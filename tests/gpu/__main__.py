@@ -63,7 +63,8 @@ def steps(dry: bool, architecture: str, results: Path) -> list[Step]:
     )
     every = {"CONVDIT_GPU_CHECK": "dry", "SIMT_ORDERS": "forward"} if dry else {}
     build = [python, "-m", "pip", "install", "--no-build-isolation", "-e", ".[test]"]
-    cuda = {"CONVDIT_CUDA": "on", "TORCH_CUDA_ARCH_LIST": architecture}
+    # The lines of the source, for compute-sanitizer's findings.
+    cuda = {"CONVDIT_CUDA": "on", "TORCH_CUDA_ARCH_LIST": architecture, "NVCC_APPEND_FLAGS": "-lineinfo"}
     if dry:
         build, cuda = [python, "-c", "from tests.simt import build; print(build.operators())"], {}
     found = [
