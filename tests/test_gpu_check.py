@@ -67,6 +67,7 @@ def test_a_failing_step_fails_the_check_and_is_written(tmp_path, monkeypatch, ca
 def test_every_step_of_a_gpu_is_there(tmp_path):
     found = {s.name: s for s in script.steps(False, "9.0", tmp_path)}
     assert list(found) == ["build", "operators", "device", "memcheck", "racecheck", "initcheck", "bench"]
-    assert found["build"].environment == {"CONVDIT_CUDA": "on", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    variables = {"CONVDIT_CUDA": "on", "TORCH_CUDA_ARCH_LIST": "9.0", "NVCC_APPEND_FLAGS": "-lineinfo"}
+    assert found["build"].environment == variables
     assert found["racecheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert "racecheck" in found["racecheck"].command and "--error-exitcode" in found["racecheck"].command
