@@ -28,12 +28,15 @@ Adaln params(const Tensor& x) {
   return p;
 }
 
+// Large results are allocated after small ones, here and below: glibc gives the place of a freed aligned block to one of
+// the same size only where it can grow into what lies behind, else it takes new pages at every call.
 struct Normalised {
   Tensor out, mean, rstd;
 };
 Normalised allocate_normalised(Adaln& p, const Tensor& x, double eps) {
-  Normalised n{allocate_like(x), allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x),
-               allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x)};
+  Normalised n;
+  n.mean = allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x), n.rstd = allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x);
+  n.out = allocate_like(x);
   p.eps = eps;
   p.out = n.out.mutable_data_ptr(), p.mean = n.mean.mutable_data_ptr(), p.rstd = n.rstd.mutable_data_ptr();
   return n;
@@ -71,9 +74,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_fw
   const Tensor gate = check_parameter("gate", gate_in, {x_in.size(0), x_in.size(2)}, x_in);
   const Tensor shift = check_parameter("shift", shift_in, {x_in.size(0), x_in.size(2)}, x_in);
   const Tensor scale = check_parameter("scale", scale_in, {x_in.size(0), x_in.size(2)}, x_in);
-  const Tensor x = dense(x_in), y = dense(y_in), residual = allocate_like(x);
+  const Tensor x = dense(x_in), y = dense(y_in);
   Adaln p = params(x);
   const Normalised n = allocate_normalised(p, x, eps);
+  const Tensor residual = allocate_like(x);
   p.branch_dtype = branch;
   p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr(), p.residual = residual.mutable_data_ptr();
   p.shift = shift.const_data_ptr(), p.scale = scale.const_data_ptr();
@@ -102,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(const Tensor& grad_in
   check_shape("grad", grad_in, {x_in.size(0), x_in.size(1), x_in.size(2)});
   check_dtype("grad", grad_in, x_in.scalar_type());
   const Tensor grad = dense(grad_in), x = dense(x_in), scale = dense(scale_in), work = workspace(x);
-  const Tensor grad_x = allocate_like(x), grad_shift = parameter_gradient(x), grad_scale = parameter_gradient(x);
+  const Tensor grad_shift = parameter_gradient(x), grad_scale = parameter_gradient(x), grad_x = allocate_like(x);
   const Tensor mean = check_parameter("mean", mean_in, {x.size(0), x.size(1)}, x),
                rstd = check_parameter("rstd", rstd_in, {x.size(0), x.size(1)}, x);
   AdalnBackward p = backward_params(x);
@@ -117,7 +121,7 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad_in, const Tenso
   check_x(grad_in);
   const DType branch = check_branch(grad_in, y_in);
   const Tensor grad = dense(grad_in), y = dense(y_in), gate = dense(gate_in), work = workspace(grad);
-  const Tensor grad_y = allocate_like(y), grad_gate = parameter_gradient(grad);
+  const Tensor grad_gate = parameter_gradient(grad), grad_y = allocate_like(y);
   AdalnBackward p = backward_params(grad);
   p.branch_dtype = branch;
   p.grad_residual = grad.const_data_ptr(), p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr();
@@ -135,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_mod
   const DType branch = check_branch(residual_in, y_in);
   const Tensor grad_residual = dense(grad_residual_in), grad_out = dense(grad_out_in), residual = dense(residual_in);
   const Tensor y = dense(y_in), gate = dense(gate_in), scale = dense(scale_in), work = workspace(residual);
-  const Tensor grad_x = allocate_like(residual), grad_y = allocate_like(y), grad_gate = parameter_gradient(residual);
-  const Tensor grad_shift = parameter_gradient(residual), grad_scale = parameter_gradient(residual);
+  const Tensor grad_gate = parameter_gradient(residual), grad_shift = parameter_gradient(residual);
+  const Tensor grad_scale = parameter_gradient(residual), grad_x = allocate_like(residual), grad_y = allocate_like(y);
   const Tensor mean = check_parameter("mean", mean_in, {residual.size(0), residual.size(1)}, residual);
   const Tensor rstd = check_parameter("rstd", rstd_in, {residual.size(0), residual.size(1)}, residual);
   AdalnBackward p = backward_params(residual);
