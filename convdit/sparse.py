@@ -3,6 +3,7 @@
 A masked autoencoder removes whole patches, so visible sites come in square blocks. `ActiveSites`
 lists the blocks; each stage of an encoder halves the sites of a block and keeps the list, and with
 it every table of neighbours built from it. An arbitrary mask is the case of blocks of one site.
+Over 400 lines by the docstrings of the public interface.
 """
 
 from __future__ import annotations
