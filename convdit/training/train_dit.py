@@ -85,8 +85,8 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
     def show(step: int, model: Any) -> None:
         labels = torch.arange(min(10, len(dataset.classes))).repeat_interleave(_SAMPLES)
         maker = PictureMaker(model, decode, run.config)
-        guidance = {"guidance": options.sample_guidance, "channels": options.sample_channels}
-        pictures = maker.sample(labels, steps=options.sample_steps, seed=options.seed, **guidance)
+        guidance, channels = options.sample_guidance, options.sample_channels
+        pictures = maker.sample(labels, guidance, options.sample_steps, seed=options.seed, channels=channels)
         (run.path / "samples").mkdir(exist_ok=True)
         zoom = max(1, 64 // pictures.shape[-1])
         save_png(run.path / "samples" / f"step-{step:08d}.png", grid(pictures, columns=_SAMPLES, zoom=zoom))
