@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     bench.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     bench.add_argument("--out", metavar="FILE.json", help="write the rows, a plot and a page; or a folder")
+    bench.add_argument("--resume", action="store_true", help="measure only what the file of --out lacks")
     flops = add("flops", _flops, "multiply-adds and parameters of a model")
     flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...; DiT: its twelve sizes")
     flops.add_argument("--conditioning", metavar="NAME", help="a design of DiT: adaln_zero, adaln, ...")
