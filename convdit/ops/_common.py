@@ -113,6 +113,7 @@ class Function(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    _twin: type[Function]
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -146,10 +147,10 @@ def register_vmap(name: str, folded: tuple[int, ...]) -> None:
     def split(result: Tensor, size: int) -> Tensor:
         return result.unflatten(0, (size, -1)) if result.shape[0] else result.new_empty((size, *result.shape))
 
-    def rule(info, in_dims, *args):
+    def rule(info, in_dims, *given):
         size = info.batch_size
         mapped = [i for i, axis in enumerate(in_dims) if axis is not None]
-        args = [a if axis is None else a.movedim(axis, 0) for a, axis in zip(args, in_dims, strict=True)]
+        args = [a if axis is None else a.movedim(axis, 0) for a, axis in zip(given, in_dims, strict=True)]
         if all(i in folded for i in mapped):
             folds = [
                 a
