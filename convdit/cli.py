@@ -192,7 +192,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     text = "guide from this timestep (0 to 999; of a flow: time, 0 to 1) to that one, both included (default: at all)"
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     text = "channels of the noise that guidance acts on; first3: as the public DiT (%(default)s)"
-    parser.add_argument("--guidance-channels", choices=("all", "first3"), default="all", help=text)
+    parser.add_argument("--guidance-channels", choices=opt.CHANNELS, default=opt.CHANNELS[0], help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import convdit
-from convdit import models, nn
+from convdit import _library, models, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATORS = Path(convdit.build_info.__globals__["_folder"]()) / "libconvdit_ops.so"
+OPERATORS = _library._folder() / "libconvdit_ops.so"
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ FREE += ("sample_guidance", "sample_channels", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
+CHANNELS = ("all", "first3")  # that guidance acts on; the first is the default, and all that a U-Net has
 _PRECISIONS = ("no", "bf16", "fp16")
 _CROP_RATIO = "share of held-out pictures, along a side, to judge on (default: 224/256; from 384 pixels on, all)"
 
@@ -226,7 +227,7 @@ class DiTOptions(LoopOptions, DataOptions):
     latent: bool = option(False, "diffuse in the latent space of an autoencoder trained first")
     autoencoder_steps: int = option(600, "steps of the autoencoder, with --latent")
     sample_guidance: float = option(1.0, "guidance of the samples on the way (--evaluate-every)")
-    sample_channels: str = option("all", "channels that it acts on; first3: as the public DiT", ("all", "first3"))
+    sample_channels: str = option("all", "channels that it acts on; first3: as the public DiT", CHANNELS)
     sample_steps: int = option(50, "sampling steps of the samples on the way")
     peak_tflops: float | None = option(None, "of the device, for the log's mfu (default: a large matmul, measured)")
     # As published: a constant 1e-4 without decay, warm-up or clipping, and a moving average of 0.9999.
@@ -257,7 +258,7 @@ class DiTOptions(LoopOptions, DataOptions):
             raise ValueError(f"min_snr_gamma: expected a positive number, got {self.min_snr_gamma}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout: expected 0 <= class_dropout < 1, got {self.class_dropout}")
-        channels = ("all",) if self.model == "unet" else ("all", "first3")
+        channels = CHANNELS[:1] if self.model == "unet" else CHANNELS
         if self.sample_channels not in channels:
             raise ValueError(f"sample_channels: expected {' or '.join(channels)}, got {self.sample_channels!r}")
         if not 1 <= self.sample_steps <= 1000:

@@ -17,13 +17,13 @@ from . import build
 from .autoencoder import Autoencoder
 from .codecs import DiffusersVAE, decoder
 from .common import device_of
+from .options import CHANNELS
 from .pictures import grid, save_png
 from .runs import RunError, read_weights, write_whole
 from .unet import UNet
 
 STEPS = 1000  # of the diffusion process, in training
 SAMPLERS = {"noise": ("ddim", "ddpm"), "flow": ("euler", "heun")}  # the first is the default
-CHANNELS = ("all", "first3")  # that guidance acts on; the first is the default
 _CACHE_LIMIT = 2**30  # bytes that a table of modulations may take
 
 
@@ -155,7 +155,7 @@ class PictureMaker:
                 f"guidance_interval: expected 0 <= low <= high <= {last} for weights of objective {objective}, "
                 f"got {interval[0]:g} and {interval[1]:g}"
             )
-        known_channels = ("all",) if isinstance(self.dit, UNet) else CHANNELS
+        known_channels = CHANNELS[:1] if isinstance(self.dit, UNet) else CHANNELS
         if channels not in known_channels:
             raise ValueError(f"guidance_channels: expected {' or '.join(known_channels)}, got {channels!r}")
         return sampler or SAMPLERS[objective][0]

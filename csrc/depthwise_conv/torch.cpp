@@ -39,7 +39,7 @@ struct Convolution {
   DepthwiseConv params;
   Tensor packed;
 };
-// But for the result, which is allocated last, as below: glibc gives the place of a freed aligned block to one of the same size
+// Without the result, which the callers allocate last: glibc gives the place of a freed aligned block to one of the same size
 // only where it can grow into what lies behind, else it takes new pages at every call.
 Convolution convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool flip) {
   const int64_t kernel = weight.size(3);
