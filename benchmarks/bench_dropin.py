@@ -1,4 +1,7 @@
-"""Other people's models under `convdit.accelerate`, against the same models untouched: eager and compiled."""
+"""Other people's models under `convdit.accelerate`, against the same models untouched: eager and compiled.
+
+Under tuned malloc alone, the harder setting: nearly all of the time goes into compiling whole models.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,20 @@ from . import rivals
 from .harness import Comparison, Work, without_grad
 
 
+Row = partial(Comparison, dtype=torch.float32, malloc=("tuned",))
+
+
 def comparisons() -> Iterator[Comparison]:
     for size in ("tiny", "atto"):
         name, shape = f"convnextv2_{size}", f"{size}; 8x224x224"
         build, quick = partial(inference, name), size == "atto"
-        yield Comparison("accelerated timm", "forward", shape, torch.float32, build, quick=quick, heavy=True)
-        yield Comparison("accelerated timm", "step", shape, torch.float32, partial(training, name))
-        yield Comparison("accelerated timm, compiled", "forward", shape, torch.float32, partial(inference, name, True))
+        yield Row("accelerated timm", "forward", shape, build=build, quick=quick, heavy=True)
+        yield Row("accelerated timm", "step", shape, build=partial(training, name))
+        yield Row("accelerated timm, compiled", "forward", shape, build=partial(build, True))
     for n in (2, 8):
         shape, build = f"S/2; {n}x4x32x32", partial(diffusers_inference, n=n)
-        yield Comparison("accelerated diffusers", "forward", shape, torch.float32, build)
-        build = partial(build, True)
-        yield Comparison("accelerated diffusers, compiled", "forward", shape, torch.float32, build)
+        yield Row("accelerated diffusers", "forward", shape, build=build)
+        yield Row("accelerated diffusers, compiled", "forward", shape, build=partial(build, True))
 
 
 def pair(name: str, model: nn.Module, compiled: bool) -> tuple[nn.Module, dict[str, nn.Module]]:

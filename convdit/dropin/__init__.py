@@ -10,7 +10,7 @@ from torch import nn
 
 from convdit._checks import kind
 
-from . import convnext, dit, layers
+from . import convnext, dit, layers, products
 from .swap import Swapped, difference, register, subclass
 
 RULES = register(*convnext.RULES, *dit.RULES, *layers.RULES)  # outer layers first
@@ -80,7 +80,9 @@ def accelerate(model: nn.Module, devices: Sequence[str] = ("cpu",)) -> Report:
     Raises:
         TypeError: a model that is not a module, or devices that are not names.
 
-    One thing is lost: differentiating a gradient again raises, since the operators have no double backward.
+    One thing is lost: differentiating a gradient again raises, since the operators have no double backward. And memory
+    is taken: in float32 inference on a CPU, transformer blocks of up to 768 channels keep the weights of attention and
+    MLP a second time, packed for the matrix products, as `convdit.dropin.products` says.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {kind(model)}")
@@ -133,3 +135,4 @@ def restore(model: nn.Module) -> None:
             )
     for part in swapped.values():
         part.__class__ = type(part).convdit_original
+    products.forget(model)

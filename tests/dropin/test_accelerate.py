@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convdit
+from convdit.dropin import products
 from convdit.dropin.swap import Swapped
 from tests.ops.harness import assert_rows_close
 
@@ -80,16 +81,23 @@ def test_values_and_gradients_keep_to_the_error_rule(results, name, training):
             assert_rows_close(o, p, r, torch.float32, f"{name}, {('value', 'gradient')[kind]} {i}")
 
 
+def weight_of(module):
+    return getattr(module, "weight", None)
+
+
 @pytest.mark.parametrize("name", families.DITS)
 def test_inference_of_transformers_keeps_to_the_error_rule_and_to_hooks(results, name):
     model, fast, _ = results(name)
     model, fast = model.eval(), copy.deepcopy(fast).eval()
     with torch.no_grad():
         right, plain = (families.call(name, m)[0] for m in (copy.deepcopy(model).double(), model))
-        with Operators("mkldnn") as products:
-            ours = families.call(name, fast)[0]
-        assert products.names == {"_linear_pointwise"}
-        assert_rows_close(*(t.flatten() for t in (ours, plain, right)), torch.float32, name)
+        for packed in (False, True, True):  # at the second call weights are packed
+            with Operators() as operators:
+                ours = families.call(name, fast)[0]
+            assert "packed_linear" in operators.names
+            kept = [products._packed[m.weight].blocks for m in fast.modules() if products._packed.get(weight_of(m))]
+            assert len(kept) >= 4 and all((blocks is not None) == packed for blocks in kept)
+            assert_rows_close(*(t.flatten() for t in (ours, plain, right)), torch.float32, f"{name}, packed: {packed}")
         calls, inner = [], [m for n, m in fast.named_modules() if n.endswith(("mlp.fc2", "ff.net.2", "attn1.to_q"))]
         for part in inner:
             part.register_forward_hook(lambda *_: calls.append(1))

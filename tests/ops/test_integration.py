@@ -339,7 +339,8 @@ def calls_of(name, dtype=torch.float32):
 def test_the_table_reaches_every_registered_operator():
     reached = {func._schema.name for name in NAMES for func, _ in calls_of(name)}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::")}
-    assert registered - reached == {"convdit::fma_probe"}  # of the benchmark: it measures the CPU and computes nothing
+    # Of the benchmark, which computes nothing; and what accelerated models call (tests/dropin/test_products.py).
+    assert registered - reached == {"convdit::fma_probe", "convdit::bias_gelu_", "convdit::packed_linear"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
