@@ -19,7 +19,6 @@ import convdit
 from . import rivals
 from .harness import Comparison, Work, without_grad
 
-
 Row = partial(Comparison, dtype=torch.float32, malloc=("tuned",))
 
 

@@ -101,7 +101,8 @@ def run(given: suite.Selection, out: Path | None, command: str) -> int:
     entries = suite.comparisons(given)
     if not entries:
         raise ValueError("no row fits: see the names, --match and --quick")
-    settings = ["tuned"] if given.quick else list(MALLOC)
+    wanted = {malloc for entry in entries for malloc in entry.comparison.malloc}
+    settings = ["tuned"] if given.quick else [malloc for malloc in MALLOC if malloc in wanted]
     start, results = time.monotonic(), []
     with children(given, settings) as measuring:
         hello = measuring[0].hello
