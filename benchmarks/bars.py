@@ -18,8 +18,9 @@ class Bar:
     aim: float | None = None
     at_most: bool = False  # ours over the rival's: lower is better
 
-    def met(self, ratio: float) -> bool:
-        return ratio <= self.must if self.at_most else ratio >= self.must
+    def met(self, ratio: float, margin: float = 1) -> bool:
+        """`margin` times over."""
+        return ratio * margin <= self.must if self.at_most else ratio >= self.must * margin
 
 
 def _bars(must: str, aim: str, at_most: bool = False) -> list[Bar]:

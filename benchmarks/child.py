@@ -40,6 +40,7 @@ def main() -> None:
     machine = measure_machine()
     versions = {"convdit": convdit.build_info(), **suite.versions()}
     answer(machine=asdict(machine), about=describe(), versions=versions)
+    gc.freeze()  # what is there for good: it is not looked at after every row
     for line in sys.stdin:
         comparison = comparisons[int(line)].comparison
         torch.manual_seed(0)

@@ -6,21 +6,20 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from convdit import build_info
 
-from . import report, suite
+from . import record, report, suite
 from .harness import Row, worse
 from .machine import describe
 
@@ -76,6 +75,8 @@ def children(given: suite.Selection, settings: list[str]) -> Iterator[list[Child
 
 def main(given: Namespace) -> int:
     """The command, from its parsed arguments."""
+    if given.resume and not given.out:
+        raise ValueError("resume: expected --out, the file to go on with")
     if given.threads < 1:
         raise ValueError(f"threads: expected at least 1, got {given.threads}")
     selection = suite.Selection(
@@ -93,52 +94,60 @@ def main(given: Namespace) -> int:
     out = Path(given.out) if given.out else None
     if out and out.suffix != ".json":
         out = out / default_name()
-    return run(selection, out, command)
+    return run(selection, out, command, given.resume)
 
 
-def run(given: suite.Selection, out: Path | None, command: str) -> int:
-    """Measures and prints every row as it is done; then writes the report. Returns the exit status."""
+def run(given: suite.Selection, out: Path | None, command: str, resume: bool = False) -> int:
+    """Measures, prints and keeps every row as it is done; then writes the report. Returns the exit status."""
     entries = suite.comparisons(given)
     if not entries:
         raise ValueError("no row fits: see the names, --match and --quick")
-    wanted = {malloc for entry in entries for malloc in entry.comparison.malloc}
-    settings = ["tuned"] if given.quick else [malloc for malloc in MALLOC if malloc in wanted]
-    start, results = time.monotonic(), []
+    settings = ["tuned"] if given.quick else list(MALLOC)
+    results: list[dict] = []
+    stopped = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` and the like stop it as Ctrl-C does
     with children(given, settings) as measuring:
         hello = measuring[0].hello
+        head = {"command": command, "machine": hello["about"] | hello["machine"], "versions": hello["versions"]}
+        kept = record.Record(head | {"malloc": settings}, out)
         print(report.heading(hello, given, settings))
         table = report.Table(len(entries))
-        for index, entry in enumerate(entries):
-            table.progress(index, entry.label)
-            try:
-                answers = [c.measure(index) for c in measuring if c.malloc in entry.comparison.malloc]
-            except (RuntimeError, KeyboardInterrupt) as stop:  # the rows measured so far are kept
-                answers = [{"error": str(stop) or "interrupted"}]
-            results.append(merge(entry, answers))
-            table.show(results[-1])
-            if any(child.process.poll() is not None for child in measuring):
-                break
-    document = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "seconds": round(time.monotonic() - start),
-        "machine": hello["about"] | hello["machine"],
-        "versions": hello["versions"],
-        "malloc": settings,
-        "rows": results,
-    }
-    print(report.summary(document))
+        try:
+            for index, entry in enumerate(entries):
+                label = describe_row(entry, given.threads)
+                if resume and "error" not in kept.rows.get(record.key(label), {"error": "not there"}):
+                    continue
+                table.progress(index, entry.label)
+                try:
+                    wanted = [c for c in measuring if c.malloc in entry.comparison.malloc]
+                    answers = [c.measure(index) for c in wanted or measuring]  # --quick has one setting
+                except RuntimeError as stop:
+                    answers = [{"error": str(stop)}]
+                results.append(merge(label, answers))
+                kept.add(results[-1])
+                table.show(results[-1])
+                if any(child.process.poll() is not None for child in measuring):
+                    break
+        except KeyboardInterrupt:  # the rows measured so far are kept
+            stopped = True
+        table.close()
+    print(report.summary(kept.whole(results)))
     if out:
-        report.write(document, out)
+        kept.finish()
         print(f"written: {', '.join(str(p) for p in report.files(out))}")
-    return 1 if any("error" in r for r in results) else 0
+    if stopped:
+        print(f"stopped after {len(results)} of {len(entries)} rows; --resume measures the rest")
+    return 1 if stopped or any("error" in r for r in results) else 0
 
 
-def merge(entry: suite.Entry, answers: list[dict]) -> dict:
-    """A row of the report from the answers of the processes: the row that counts, and the ratio under each setting."""
+def describe_row(entry: suite.Entry, threads: int) -> dict:
     c = entry.comparison
     group = [c.operator, c.what, str(c.dtype).removeprefix("torch.")]
-    label = {"bench": entry.bench, "label": entry.label, "group": group}
+    return {"bench": entry.bench, "label": entry.label, "group": group, "threads": c.threads or threads}
+
+
+def merge(label: dict, answers: list[dict]) -> dict:
+    """A row of the report from the answers of the processes: the row that counts, and the ratio under each setting."""
     for answer in answers:
         if "row" not in answer:
             return label | answer
@@ -150,6 +159,6 @@ def merge(entry: suite.Entry, answers: list[dict]) -> dict:
 
 
 def default_name() -> str:
-    """<date>-<cpu>-<level of the kernels>.json: virtual machines give processors of several generations one name."""
+    """<cpu>-<level of the kernels>.json: virtual machines give processors of several generations one name."""
     cpu = "-".join(re.findall("[a-z0-9]+", str(describe()["cpu"]).lower()))
-    return f"{datetime.now(timezone.utc):%Y-%m-%d}-{cpu}-{build_info()['cpu_level']}.json"
+    return f"{cpu}-{build_info()['cpu_level']}.json"

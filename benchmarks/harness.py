@@ -2,8 +2,11 @@
 
 A row is the work of one `Comparison`: ours and its rivals run in turns in one process, so that a busy or throttled
 machine slows all of them. A run is a few turns, its ratio the median over them; the row's ratio is the median of three
-runs. With one thread the clock is the process's CPU time, which other processes disturb least; with more it is wall
-time. On CUDA it is the device's own, between two events, with the L2 cache emptied before each call.
+runs. Rows of less effort take as much as they need to be told from their bar: a single turn where that meets it by far,
+three short runs where each of them meets it, else three of full length, which alone count, each on tensors of its own:
+where they happen to lie in memory makes a few percent of difference. With one thread the clock is the process's CPU
+time, which other processes disturb least; with more it is wall time. On CUDA it is the device's own, between two
+events, with the L2 cache emptied before each call.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch._functorch.config
@@ -23,6 +27,7 @@ from .machine import Machine
 torch._functorch.config.donated_buffer = False  # a compiled graph's backward is called more than once here
 
 RUNS = 3
+BY_FAR = 1.3  # of its bar: a single turn is not that wrong
 SHORT = 0.1  # seconds: calls that long meet their own state soon enough
 COMPILED = ("compile", "max-autotune")  # in the names of rivals
 
@@ -59,7 +64,7 @@ class Comparison:
     heavy: bool = False  # --quick leaves out its compiled rivals, which take long to compile, and its bar with them
     threads: int | None = None  # when not those of the run
     malloc: tuple[str, ...] = ("default", "tuned")  # the settings to measure under
-    effort: float = 1  # share of the usual time; a row below its bar is then measured again with all of it
+    effort: float = 1  # share of the usual time; a row too near its bar is then measured again with all of it
     limit: float | None = None  # seconds; where one call of ours takes longer the row is left out
     unit: str = "ms"  # or MB, us: ours and the rivals then return their figure, of peak memory or of a call
 
@@ -115,27 +120,36 @@ class Row:
         return cls(what=data.pop("pass"), ours=data.pop(f"ours_{unit}"), rivals=data.pop(f"rivals_{unit}"), **data)
 
 
-def interleave(
-    functions: list[Function], seconds: float, wall: bool, limit: float | None = None
-) -> list[list[list[float]]]:
-    """times[run][turn][function]; about `seconds` in all, a turn a run at least. Odd turns go backwards.
+Times = list[list[list[float]]]  # [run][turn][function]
 
-    Short calls follow one that is not timed: else a function would pay for what the one before it did to the heap and
-    to the caches. Where that one gave its memory back to the system, our result would fault its pages in for it.
+
+def interleave(
+    functions: list[Function],
+    stages: Sequence[tuple[int, float]],
+    wall: bool,
+    enough: Callable[[Times], bool],
+    limit: float | None = None,
+) -> Times:
+    """The times of the first of `stages` that are enough, or of the last.
+
+    A stage is a number of runs and the seconds that all of them take, about; a run has one turn at least. Odd turns go
+    backwards. Short calls follow one that is not timed: else a function would pay for what the one before it did to the
+    heap and to the caches. Where that one gave its memory back to the system, our result would fault its pages in for
+    it.
     """
     once = []
     for function in functions:
-        function()
-        once.append(seconds_a_call(function, 1, wall))
-        if limit is not None and once[-1] > limit:
-            raise TooLong(f"left out: one call takes {once[-1]:.1f} s")
+        for slower in (2, 1):  # the first call may take that many times as long
+            taken = seconds_a_call(function, 1, wall)
+            if limit is not None and not once and taken > slower * limit:
+                raise TooLong(f"left out: one call takes {taken:.1f} s")
+        once.append(taken)
     repeats = [enough_repeats(t) for t in once]
-    times: list[list[list[float]]] = [[] for _ in range(RUNS)]
-    if min(once) > 1:  # long calls: these have been a turn already
-        times[0].append(once)
     turn = 0
-    for run in times:
-        end = time.perf_counter() + seconds / RUNS
+
+    def measure_run(run: list[list[float]], seconds: float) -> None:
+        nonlocal turn
+        end = time.perf_counter() + seconds
         while not run or (min(once) < 1 and time.perf_counter() < end):
             row = [0.0] * len(functions)
             for i in sorted(range(len(functions)), reverse=turn % 2 == 1):
@@ -144,16 +158,40 @@ def interleave(
                 row[i] = seconds_a_call(functions[i], repeats[i], wall)
             run.append(row)
             turn += 1
+
+    # Calls that need no repetition: these have been a turn already.
+    times: Times = [[once]] if max(repeats) == 1 else []
+    for runs, seconds in stages:
+        if len(times) != 1:  # a run that is alone is the first of the next stage's
+            times = []
+        times += [[] for _ in range(runs - len(times))]
+        for run in times:
+            measure_run(run, seconds / runs)
+        if enough(times):
+            break
     return times
 
 
-def summarise(times: list[list[list[float]]]) -> tuple[list[float], int, float]:
-    """(median time of each function, index of the best rival, its time over ours: the median of the runs' medians)."""
+def run_ratios(times: Times) -> tuple[list[float], int, list[float]]:
+    """(median time of each function, index of the best rival, its time over ours in each run: the median of turns)."""
     turns = [turn for run in times for turn in run]
     medians = [statistics.median(column) for column in zip(*turns, strict=True)]
     best = min(range(1, len(medians)), key=medians.__getitem__)
-    ratio = statistics.median(statistics.median(turn[best] / turn[0] for turn in run) for run in times)
-    return medians, best, ratio
+    return medians, best, [statistics.median(turn[best] / turn[0] for turn in run) for run in times]
+
+
+def summarise(times: Times) -> tuple[list[float], int, float]:
+    """(median time of each function, index of the best rival, its time over ours: the median of the runs' medians)."""
+    medians, best, ratios = run_ratios(times)
+    return medians, best, statistics.median(ratios)
+
+
+def clears(bar: Bar | None, times: Times) -> bool:
+    """Every run meets the bar; one that is alone, by far."""
+    if bar is None:
+        return len(times) > 1
+    _, _, ratios = run_ratios(times)
+    return all(bar.met(1 / r if bar.at_most else r, BY_FAR if len(times) == 1 else 1) for r in ratios)
 
 
 def ceiling(work: Work, machine: Machine, dtype: torch.dtype) -> tuple[str, float]:
@@ -178,11 +216,18 @@ def _measure(comparison: Comparison, machine: Machine, malloc: str, seconds: flo
         figures = [float(f()) for f in functions]
         ratio = min(figures[1:]) / figures[0]
     else:
-        for effort in (comparison.effort, 1):
-            times = interleave(functions, seconds * effort, work.wall or threads > 1, comparison.limit)
-            medians, _, ratio = summarise(times)
-            if effort == 1 or bar is None or bar.met(ratio):
-                break
+        wall, enough = work.wall or threads > 1, partial(clears, bar)
+        stages = [(RUNS, seconds)]
+        if comparison.effort < 1:
+            stages = [(1, 0.0), (RUNS, seconds * comparison.effort)]
+        times = interleave(functions, stages, wall, enough, comparison.limit)
+        if comparison.effort < 1 and not enough(times):
+            works, times = [work], []  # all are kept, so that each lies elsewhere
+            for _ in range(RUNS):
+                works.append(comparison.build())
+                again = [works[-1].ours, *works[-1].rivals.values()]
+                times += interleave(again, [(1, seconds / RUNS)], wall, enough)
+        medians, _, ratio = summarise(times)
         figures = [1e3 * median for median in medians]
         binds, shortest = ceiling(work, machine, comparison.dtype)
     rivals = dict(zip(work.rivals, figures[1:], strict=True))

@@ -87,11 +87,13 @@ def row_line(row: dict) -> str:
 
 
 class Table:
-    """Prints rows as they come; on a terminal also what is being measured. Of the grid, only what misses its bar."""
+    """Prints rows as they come; on a terminal also what is being measured. Of the grid, what misses its bar, and a line
+    for each group of cells as it ends."""
 
     def __init__(self, total: int):
         self.total, self.live = total, sys.stderr.isatty()
-        print(line(list(COLUMNS)))
+        self.cells: list[dict] = []  # of one group of the grid
+        print(line(list(COLUMNS)), flush=True)
 
     def progress(self, index: int, label: str) -> None:
         if self.live:
@@ -100,8 +102,18 @@ class Table:
     def show(self, row: dict) -> None:
         if self.live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if self.cells and row["group"] != self.cells[0]["group"]:
+            self.close()
+        if row["bench"] == GRID:
+            self.cells.append(row)
         if row["bench"] != GRID or row.get("met") is False or "error" in row:
             print(row_line(row), flush=True)
+
+    def close(self) -> None:
+        for texts in grid_lines(self.cells):
+            titled = (f"{title} {text}" for title, text in zip(GRID_COLUMNS[3:], texts[3:], strict=True))
+            print(f"{' '.join(texts[:3])}: {', '.join(titled)}", flush=True)
+        self.cells = []
 
 
 def grid_lines(rows: list[dict]) -> list[list[str]]:
@@ -146,10 +158,17 @@ def files(out: Path) -> list[Path]:
     return [out.with_suffix(suffix) for suffix in (".json", ".png", ".html")]
 
 
+def as_text(document: dict) -> str:
+    """JSON with a line a row."""
+    rows = ",\n  ".join(json.dumps(row) for row in document["rows"])
+    head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1).removesuffix("\n}")
+    return f'{head},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
 def write(document: dict, out: Path) -> None:
     as_json, as_png, as_html = files(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    as_json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    as_json.write_text(as_text(document), encoding="utf-8")
     plot(document, as_png)
     as_html.write_text(page(document, as_png.read_bytes()), encoding="utf-8")
 

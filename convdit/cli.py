@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     bench.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     bench.add_argument("--out", metavar="FILE.json", help="write the rows, a plot and a page; or a folder")
+    bench.add_argument("--resume", action="store_true", help="measure only what the file of --out lacks")
     flops = add("flops", _flops, "multiply-adds and parameters of a model")
     flops.add_argument("model", metavar="MODEL", help="convnextv2_tiny, DiT-XL/2, ...; DiT: its twelve sizes")
     flops.add_argument("--conditioning", metavar="NAME", help="a design of DiT: adaln_zero, adaln, ...")
@@ -190,6 +191,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", choices=("ddim", "ddpm", "euler", "heun"), help=text)
     text = "guide from this timestep (0 to 999; of a flow: time, 0 to 1) to that one, both included (default: at all)"
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = "channels of the noise that guidance acts on; first3: as the public DiT (%(default)s)"
+    parser.add_argument("--guidance-channels", choices=opt.CHANNELS, default=opt.CHANNELS[0], help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
 
@@ -306,6 +309,10 @@ def _encode(given: argparse.Namespace) -> None:
     print(f"latents of {len(dataset)} pictures, {tuple(dataset.image_shape)} each: {given.out}")
 
 
+def _guidance(given: argparse.Namespace) -> dict[str, Any]:
+    return {"interval": given.guidance_interval, "channels": given.guidance_channels}
+
+
 def _sample(given: argparse.Namespace) -> None:
     from .training.sample import sample_to_file
 
@@ -317,9 +324,9 @@ def _sample(given: argparse.Namespace) -> None:
         guidance=given.guidance,
         steps=given.steps,
         sampler=given.sampler,
-        interval=given.guidance_interval,
         seed=given.seed,
         cpu=given.cpu,
+        **_guidance(given),
     )
     print(f"samples: {given.out}")
 
@@ -328,7 +335,7 @@ def _walk(given: argparse.Namespace) -> None:
     from .training.walk import walk_to_file
 
     names = ("kind", "classes", "frames", "rows", "guidance", "steps", "sampler", "seed", "cpu")
-    settings = {name: getattr(given, name) for name in names} | {"interval": given.guidance_interval}
+    settings = {name: getattr(given, name) for name in names} | _guidance(given)
     walk_to_file(given.weights, Path(given.out), **settings)
     print(f"{given.kind} walk: {given.out}")
 
@@ -337,7 +344,7 @@ def _evaluate(given: argparse.Namespace) -> None:
     from .training.quality import evaluate
 
     names = ("weights", "judge", "count", "guidance", "steps", "sampler", "seed", "cpu")
-    settings = {name: getattr(given, name) for name in names} | {"interval": given.guidance_interval}
+    settings = {name: getattr(given, name) for name in names} | _guidance(given)
     _report(evaluate(given.samples, given.real, given.npz, **settings), given.out)
 
 

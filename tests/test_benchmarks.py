@@ -29,10 +29,12 @@ from benchmarks import (
     bench_gpu,
     bench_grid,
     bench_grn,
+    bench_memory,
     bench_scaling,
     bench_sparse_depthwise_conv,
     command,
     harness,
+    record,
     report,
     suite,
 )
@@ -146,6 +148,13 @@ def test_cells_of_the_grid_compute_the_same(name, dtype):
         assert_same(work, 1e-5 if dtype == torch.float32 else 0.05)
 
 
+def test_a_peak_of_memory_counts_every_gradient():
+    dim = 512
+    parameters = 18 * dim**2 * 4 / 2**20  # weights of the matrix products, in MB
+    for who in ("ours", "DiT"):
+        assert parameters <= bench_memory.peak("dit", who, {"b": 1, "t": 16, "d": dim, "heads": 8}) < 3 * parameters
+
+
 def test_two_threads_compute_what_one_does_and_the_number_is_put_back():
     before = torch.get_num_threads()
     work = bench_scaling.two_threads(lambda: bench_depthwise_conv.depthwise_conv("forward", 9, 12, n=2))
@@ -237,25 +246,31 @@ def test_the_ratio_is_the_median_of_the_runs_and_the_best_rival_counts():
     assert (medians, best, ratio) == ([1.0, 9.0, 3.0], 2, 3.0)
 
 
+def interleave(functions, seconds, limit=None):
+    return harness.interleave(functions, [(3, seconds)], True, lambda _times: True, limit)
+
+
 def test_interleaving_calls_every_function_in_each_of_three_runs():
     calls = []
-    times = harness.interleave([lambda: calls.append(0), lambda: calls.append(1)], 0.05, wall=True)
+    times = interleave([lambda: calls.append(0), lambda: calls.append(1)], 0.05)
     assert len(times) == 3 and all(len(turn) == 2 and min(turn) > 0 for run in times for turn in run)
     assert {0, 1} == set(calls)
     with pytest.raises(harness.TooLong, match="left out: one call takes"):
-        harness.interleave([lambda: sum(range(10**6))], 0.05, wall=True, limit=1e-9)
+        interleave([lambda: sum(range(10**6))], 0.05, limit=1e-9)
+    interleave([lambda: None, lambda: sum(range(10**6))], 0.05, limit=1e-3)  # a rival may take longer
 
 
 def test_a_short_call_is_timed_in_the_state_that_it_left_itself(monkeypatch):
     calls, before = [], []
 
     def timed(function, _repeats, _wall):
-        before.append((calls[-1], function))
+        if calls:  # else to see how long it takes
+            before.append((calls[-1], function))
         return 0.001
 
     monkeypatch.setattr(harness, "seconds_a_call", timed)
     first, second = (lambda: calls.append(first)), (lambda: calls.append(second))
-    harness.interleave([first, second], 0.01, wall=True)
+    interleave([first, second], 0.01)
     assert len(before) > 2 and all(called is measured for called, measured in before)
 
 
@@ -286,25 +301,54 @@ def test_a_row_has_the_ratio_of_its_bar(monkeypatch):
     assert harness.Row.from_json(json.loads(json.dumps(share.as_json()))) == share
 
 
-def test_a_row_below_its_bar_is_measured_again_with_full_effort(monkeypatch):
-    efforts = []
+@pytest.mark.parametrize(
+    "rival, turns, ratio",
+    [
+        ([2.0], 1, 2.0),  # met by far
+        ([1.1, 1.0, 1.05], 3, 1.05),  # met in each run
+        ([1.1, 0.9, 1.1, 0.9, 0.8, 1.2], 6, 0.9),  # one run was below: the long ones alone count
+        ([0.5, 0.5, 0.5, 1.0, 1.0, 1.0], 6, 1.0),
+    ],
+)
+def test_a_cell_is_measured_until_it_is_told_from_its_bar(monkeypatch, rival, turns, ratio):
+    """Of calls so long that a run is one turn. Each set of tensors is called once before."""
+    times, calls, built = {"ours": [1.0] * 6, "eager": list(rival)}, [], []
+    monkeypatch.setattr(harness, "seconds_a_call", lambda f, _repeats, _wall: f())
 
-    def interleave(_functions, seconds, *_):
-        efforts.append(seconds)
-        return [[[1.0, 0.5 if len(efforts) == 1 else 2.0]]] * 3
+    def build():
+        warm = set()
 
-    monkeypatch.setattr(harness, "interleave", interleave)
-    work = harness.Work(print, {"eager": print})
-    cell = harness.Comparison("grn", "forward", "1", torch.float32, lambda: work, "eager", effort=0.1)
-    assert harness.measure(cell, MACHINE, "tuned", 10).ratio == 2 and efforts == [1, 10]
-    harness.measure(cell, MACHINE, "tuned", 10)
-    assert efforts == [1, 10, 1]
+        def call(name):
+            calls.append(name)
+            if name in warm:
+                return times[name].pop(0)
+            warm.add(name)
+            return 1.0
+
+        built.append(harness.Work(partial(call, "ours"), {"eager": partial(call, "eager")}))
+        return built[-1]
+
+    row = harness.measure(
+        harness.Comparison("grn", "forward", "1", torch.float32, build, "eager", effort=0.1), MACHINE, "tuned", 0
+    )
+    assert row.ratio == ratio and row.met == (ratio >= 0.95)
+    assert len(built) == (1 if turns < 6 else 4)
+    assert calls.count("ours") == calls.count("eager") == turns + len(built)
+
+
+def test_upper_bars_and_rows_without_one_are_told_apart_alike():
+    clears, bar = harness.clears, partial(bars.Bar, at_most=True)
+    one, three = [[[1.0, 4.0]]], [[[1.0, 4.0]], [[1.0, 4.0]], [[1.0, 3.0]]]
+    assert clears(bar(0.33), one) and not clears(bar(0.32), one)
+    assert clears(bar(0.34), three) and not clears(bar(0.33), three)
+    assert clears(bars.Bar(3.0), three) and not clears(bars.Bar(3.1), three)
+    assert clears(None, three) and not clears(None, one)
 
 
 def test_long_calls_are_timed_once_a_run(monkeypatch):
     calls = []
     monkeypatch.setattr(harness, "seconds_a_call", lambda f, _repeats, _wall: f() or 2.0)
-    times = harness.interleave([lambda: calls.append(0), lambda: calls.append(1)], 0.05, wall=True)
+    times = interleave([lambda: calls.append(0), lambda: calls.append(1)], 0.05)
     assert times == [[[2.0, 2.0]]] * 3 and calls == [0, 0, 1, 1, 0, 1, 1, 0]
 
 
@@ -323,12 +367,12 @@ def test_of_two_malloc_settings_the_worse_ratio_counts():
     bar = bars.Bar(1.0)
     default = harness.Row("op", "forward", "1", "float32", 1, "default", 1.0, "eager", {"eager": 2.0}, 2.0, "PyTorch")
     tuned = replace(default, malloc="tuned", ratio=1.5)
-    entry = suite.Entry("x", harness.Comparison("op", "forward", "1", torch.float32, print))
+    label = command.describe_row(suite.Entry("x", harness.Comparison("op", "forward", "1", torch.float32, print)), 1)
     for limit, chosen in ((None, "tuned"), (bar, "tuned"), (replace(bar, at_most=True), "default")):
         rows = [{"row": replace(r, bar=limit).as_json()} for r in (default, tuned)]
-        merged = command.merge(entry, rows)
+        merged = command.merge(label, rows)
         assert merged["malloc"] == chosen and merged["ratios"] == {"default": 2.0, "tuned": 1.5}
-    assert command.merge(entry, [{"note": "no"}, rows[0]])["note"] == "no"
+    assert command.merge(label, [{"note": "no"}, rows[0]])["note"] == "no"
 
 
 def test_bars_hold_from_below_or_above():
@@ -372,32 +416,101 @@ def test_one_row_from_the_command_to_its_files(tmp_path, capfd):
     assert "depthwise_conv2d" in page and "data:image/png;base64" in page and "http" not in page
 
 
-def test_rows_measured_before_a_process_died_are_kept(tmp_path, monkeypatch):
-    row = harness.Row("op", "forward", "1", "float32", 1, "default", 1.0, "eager", {"eager": 2.0}, 2.0, "PyTorch")
+@pytest.fixture
+def measuring(monkeypatch):
+    """A function that sets what `measure(child, index)` is; children are stand-ins, in this process."""
 
-    class Dying:
-        process = SimpleNamespace(poll=lambda: None)
-        hello = {
-            "machine": {"fma": 1e9, "matrix": {"float32": 1e9}, "copy": {"8": 1e9}},
-            "about": {"cpu": "a", "gpu": None, "cores": 1},
-            "versions": {"torch": "2", "convdit": {"cpu_level": "avx2"}},
-        }
+    def use(measure, torch="2"):
+        class Child:
+            process = SimpleNamespace(poll=lambda: None)
+            hello = {
+                "machine": {"fma": 1e9, "matrix": {"float32": 1e9}, "copy": {"8": 1e9}},
+                "about": {"cpu": "a", "gpu": None, "cores": 1},
+                "versions": {"torch": torch, "convdit": {"cpu_level": "avx2"}},
+            }
 
-        def __init__(self, malloc):
-            self.malloc = malloc
+            def __init__(self, malloc):
+                self.malloc = malloc
 
-        def measure(self, index):
-            if index < 2:
-                return {"row": replace(row, malloc=self.malloc).as_json()}
-            self.process = SimpleNamespace(poll=lambda: -9)
-            raise RuntimeError("the measuring process ended with status -9")
+        Child.measure = measure
+        monkeypatch.setattr(command, "children", lambda _given, settings: nullcontext([Child(m) for m in settings]))
+        monkeypatch.setattr(command.signal, "signal", lambda *_: None)
 
-    monkeypatch.setattr(command, "children", lambda _given, settings: nullcontext([Dying(m) for m in settings]))
+    return use
+
+
+def answer(ratio, malloc="default"):
+    numbers = (1.0, "eager", {"eager": ratio}, ratio, "PyTorch")
+    return {"row": harness.Row("op", "forward", "1", "float32", 1, malloc, *numbers).as_json()}
+
+
+def test_rows_measured_before_a_process_died_are_kept(tmp_path, measuring):
+    def measure(self, index):
+        if index < 2:
+            return answer(2.0, self.malloc)
+        self.process = SimpleNamespace(poll=lambda: -9)
+        raise RuntimeError("the measuring process ended with status -9")
+
+    measuring(measure)
     out = tmp_path / "r.json"
     assert command.run(suite.Selection(names=("depthwise_conv",)), out, "bench") == 1
     rows = json.loads(out.read_text())["rows"]
     assert [r.get("ratio") for r in rows] == [2.0, 2.0, None] and "status -9" in rows[-1]["error"]
     assert out.with_suffix(".png").exists() and "status -9" in out.with_suffix(".html").read_text()
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, measuring, monkeypatch, capsys):
+    """Without a file written at the end: what is kept as rows come is enough."""
+    asked, out = [], tmp_path / "r.json"
+    given = suite.Selection(names=("depthwise_conv",), match="forward")
+
+    def measure(_self, index):
+        asked.append(index)
+        if len(asked) == 5:  # two settings of malloc: the third row
+            raise KeyboardInterrupt
+        return answer(2.0)
+
+    measuring(measure)
+    monkeypatch.setattr(record, "SECONDS", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(record.Record, "finish", lambda _self: None)
+        assert command.run(given, out, "bench") == 1
+    assert "stopped after 2 of 5 rows" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    asked.clear()
+    measuring(lambda _self, index: asked.append(index) or answer(3.0))
+    assert command.run(given, out, "bench", resume=True) == 0
+    assert asked == [2, 2, 3, 3, 4, 4] and [r["ratio"] for r in json.loads(out.read_text())["rows"]] == [2, 2, 3, 3, 3]
+
+
+def test_a_later_run_replaces_its_own_rows_and_keeps_the_others(tmp_path, measuring):
+    out, names = tmp_path / "r.json", ("depthwise_conv",)
+    measuring(lambda *_: answer(2.0))
+    assert command.run(suite.Selection(names), out, "bench") == 0
+    measuring(lambda *_: answer(5.0))
+    assert command.run(suite.Selection(names, match="weight_grad"), out, "bench") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len({record.key(r) for r in rows}) == 15 and all("date" in r for r in rows)
+    assert {r["group"][1]: r["ratio"] for r in rows} == {"forward": 2.0, "input_grad": 2.0, "weight_grad": 5.0}
+    measuring(lambda *_: answer(1.0), torch="3")
+    with pytest.raises(ValueError, match="--out: expected .*'PyTorch': '3'.*, got .*'PyTorch': '2'"):
+        command.run(suite.Selection(names), out, "bench")
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_a_quick_run_measures_every_row_under_the_setting_that_it_has(tmp_path, measuring):
+    measuring(lambda self, _index: answer(2.0, self.malloc))
+    out, given = tmp_path / "r.json", suite.Selection(quick=True)
+    assert command.run(given, out, "bench") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(suite.comparisons(given)) and {row["malloc"] for row in rows} == {"tuned"}
+
+
+def test_the_grid_prints_a_line_for_each_group_as_it_ends(tmp_path, measuring, capsys):
+    measuring(lambda _self, index: answer(0.5 if index % 32 == 3 else 2.0))
+    command.run(suite.Selection(names=("grid",), match="forward"), None, "bench")
+    lines = [t for t in capsys.readouterr().out.splitlines() if ": cells 32, left out 0, least 0.50, median 2.00" in t]
+    assert len(lines) == 2 * len(bench_grid.CASES) and "depthwise_conv2d forward float32" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -406,6 +519,7 @@ def test_rows_measured_before_a_process_died_are_kept(tmp_path, monkeypatch):
         (["nonsense"], "names: expected some of adaln"),
         (["grn", "--match", "nothing like this"], "no row fits"),
         (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--resume"], "resume: expected --out"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys):
@@ -413,15 +527,16 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_to_write_to_gets_a_name_of_date_processor_and_level():
+def test_a_folder_to_write_to_gets_a_name_of_processor_and_level():
     name = command.default_name()
     assert name.removesuffix(".json").endswith("-" + build_info()["cpu_level"])
-    assert name.endswith(".json") and name[:2] == "20" and name == name.lower() and " " not in name
+    assert name.endswith(".json") and name == name.lower() and " " not in name
 
 
 def test_failed_and_skipped_rows_are_told_apart(capsys):
     entry = suite.Entry("grn", harness.Comparison("grn", "forward", "1", torch.float32, print))
-    skipped, failed = (command.merge(entry, [a]) for a in ({"note": "not on CUDA"}, {"error": "x\nValueError: y"}))
+    label = command.describe_row(entry, 1)
+    skipped, failed = (command.merge(label, [a]) for a in ({"note": "not on CUDA"}, {"error": "x\nValueError: y"}))
     assert "not measured: not on CUDA" in report.row_line(skipped)
     assert "FAILED: ValueError: y" in report.row_line(failed)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import CInterpreter, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 library = torch.ops.convdit
@@ -26,8 +27,8 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_floating(name: str, value: Any) -> None:
     """A tensor of one of the four dtypes that the operators take."""
-    check_tensor(name, value)
-    if value.dtype not in FLOATS:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        check_tensor(name, value)
         raise TypeError(
             f"{name}: expected float32, float64, bfloat16 or float16, got {str(value.dtype).removeprefix('torch.')}"
         )
@@ -43,6 +44,8 @@ def parameter(name: str, value: Tensor, x: Tensor) -> Tensor:
 
     A float64 x takes float64 parameters only; the other dtypes mix freely, as under autocast.
     """
+    if isinstance(value, Tensor) and value.dtype is torch.float32 is x.dtype and value.is_cpu and x.is_cpu:
+        return value  # the usual case, in a third of the time
     check_tensor(name, value)
     check_device(name, value, x)
     wanted = accumulate_dtype(x.dtype)
@@ -59,6 +62,8 @@ def parameter(name: str, value: Tensor, x: Tensor) -> Tensor:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; meta tensors have none."""
+    if not torch._C._is_any_autocast_enabled():  # the quicker question, and the usual answer
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -71,7 +76,7 @@ def autocast(x: Tensor) -> Tensor:
 
 def in_transform() -> bool:
     """Whether a transform of torch.func is at work; torch.compile would take the None of its stack for a value."""
-    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    return isinstance(peek_interpreter_stack(), CInterpreter)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -80,15 +85,23 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     In forward mode it must, to refuse: the operators alone would drop the tangents without a word. An exported program
     has no backward of ours, so it gets the operator that keeps nothing for one.
     """
-    if torch.compiler.is_exporting():
-        return False
-    if torch.compiler.is_compiling() and in_transform():
-        # It would drop every gradient without a word (so up to PyTorch 2.14). Unless fullgraph=True forbids it, this
-        # makes it leave the transform to eager mode.
-        raise NotImplementedError("torch.compile cannot trace torch.func over convdit's operators")
-    if forward_ad._current_level >= 0 or in_transform():
+    if torch.compiler.is_compiling():  # and exporting is compiling
+        if torch.compiler.is_exporting():
+            return False
+        if in_transform():
+            # It would drop every gradient without a word (so up to PyTorch 2.14). Unless fullgraph=True forbids it,
+            # this makes it leave the transform to eager mode.
+            raise NotImplementedError("torch.compile cannot trace torch.func over convdit's operators")
+    elif peek_interpreter_stack() is not None:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:  # not any(): making a generator takes longer
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 class Function(torch.autograd.Function):
@@ -100,6 +113,7 @@ class Function(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    _twin: type[Function]
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -117,7 +131,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args):
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
             return super().apply(*args)
         return super(Function, cls._twin).apply(*args)
 
@@ -133,10 +147,10 @@ def register_vmap(name: str, folded: tuple[int, ...]) -> None:
     def split(result: Tensor, size: int) -> Tensor:
         return result.unflatten(0, (size, -1)) if result.shape[0] else result.new_empty((size, *result.shape))
 
-    def rule(info, in_dims, *args):
+    def rule(info, in_dims, *given):
         size = info.batch_size
         mapped = [i for i, axis in enumerate(in_dims) if axis is not None]
-        args = [a if axis is None else a.movedim(axis, 0) for a, axis in zip(args, in_dims, strict=True)]
+        args = [a if axis is None else a.movedim(axis, 0) for a, axis in zip(given, in_dims, strict=True)]
         if all(i in folded for i in mapped):
             folds = [
                 a

@@ -271,7 +271,7 @@ class _ConvnextBlock(Function):
             needed[5],
             needed[9],
         )
-        grads = [None] * 5
+        grads: list[Tensor | None] = [None] * 5
         if before:
             grad_conv, *norm_grads = library.depthwise_conv2d_layer_norm_bwd(grad_u, conv, norm_weight, mean, rstd)
             grads = [*conv_gradients(grad_conv, x.to(u.dtype), dwconv_weight, needed), *norm_grads]

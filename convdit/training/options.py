@@ -11,9 +11,11 @@ from .optim import LAYER_DECAYS
 
 # These may change when a run resumes: the weights do not depend on them.
 FREE: tuple[str, ...] = ("save_every", "log_every", "evaluate_every", "workers", "cpu", "grad_checkpointing")
-FREE += ("sample_guidance", "sample_steps", "peak_tflops")
+FREE += ("sample_guidance", "sample_channels", "sample_steps", "peak_tflops")
 AUGMENTATIONS = ("auto", "none", "shift", "crop", RESIZED_CROP)
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
+SCHEDULES = ("linear", "cosine", "scaled_linear")
+CHANNELS = ("all", "first3")  # that guidance acts on; the first is the default, and all that a U-Net has
 _PRECISIONS = ("no", "bf16", "fp16")
 _CROP_RATIO = "share of held-out pictures, along a side, to judge on (default: 224/256; from 384 pixels on, all)"
 
@@ -220,10 +222,12 @@ class DiTOptions(LoopOptions, DataOptions):
         "noise", "to predict noise, as DiT, or the velocity of a rectified flow, as SiT", ("noise", "flow")
     )
     learn_sigma: bool = option(True, "learn the variance as well (a flow has none)")
-    schedule: str = option("linear", "growth of the noise (a flow has none)", ("linear", "cosine"))
+    schedule: str = option("linear", "growth of the noise (a flow has none)", SCHEDULES)
+    min_snr_gamma: float | None = option(None, "weight the noise's error by min(SNR, this) / SNR, as 5 (default: by 1)")
     latent: bool = option(False, "diffuse in the latent space of an autoencoder trained first")
     autoencoder_steps: int = option(600, "steps of the autoencoder, with --latent")
     sample_guidance: float = option(1.0, "guidance of the samples on the way (--evaluate-every)")
+    sample_channels: str = option("all", "channels that it acts on; first3: as the public DiT", CHANNELS)
     sample_steps: int = option(50, "sampling steps of the samples on the way")
     peak_tflops: float | None = option(None, "of the device, for the log's mfu (default: a large matmul, measured)")
     # As published: a constant 1e-4 without decay, warm-up or clipping, and a moving average of 0.9999.
@@ -246,8 +250,17 @@ class DiTOptions(LoopOptions, DataOptions):
             raise ValueError(f"objective: expected noise or flow, got {self.objective!r}")
         if self.objective == "flow" and self.schedule != "linear":
             raise ValueError(f"schedule: expected none with objective flow, got {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.min_snr_gamma is not None and self.objective == "flow":
+            raise ValueError(f"min_snr_gamma: expected none with objective flow, got {self.min_snr_gamma}")
+        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < math.inf:
+            raise ValueError(f"min_snr_gamma: expected a positive number, got {self.min_snr_gamma}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout: expected 0 <= class_dropout < 1, got {self.class_dropout}")
+        channels = CHANNELS[:1] if self.model == "unet" else CHANNELS
+        if self.sample_channels not in channels:
+            raise ValueError(f"sample_channels: expected {' or '.join(channels)}, got {self.sample_channels!r}")
         if not 1 <= self.sample_steps <= 1000:
             raise ValueError(f"sample_steps: expected 1 to 1000, got {self.sample_steps}")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:

@@ -166,6 +166,7 @@ def evaluate(
     cpu: bool = False,
     progress: bool = True,
     interval: Sequence[float] | None = None,
+    channels: str = "all",
 ) -> dict[str, Any]:
     """Judges ``source``, a run of ``train-dit`` to sample ``count`` pictures from or an .npz of samples.
 
@@ -196,7 +197,7 @@ def evaluate(
     else:
         maker = PictureMaker.load(source, cpu)
         labels = torch.arange(count) % len(maker.classes)  # as many of each class
-        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress, interval))
+        samples = to_uint8(maker.sample(labels, guidance, steps, sampler, seed, progress, interval, channels))
     reference = read_npz(Path(real)) if Path(real).suffix == ".npz" else real_pictures(real, samples.shape[1])
     if samples.shape[1:3] != reference.shape[1:3]:
         raise ValueError(

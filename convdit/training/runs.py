@@ -15,6 +15,7 @@ from ..data.errors import require
 CONFIG, LOG, WEIGHTS, CHECKPOINTS = "config.json", "log.jsonl", "model.safetensors", "checkpoints"
 RESULT = "result.json"
 _METADATA = "convdit"
+_BEFORE = {"objective": "noise"}  # keys that older runs lack, and what those runs did
 
 
 class RunError(ValueError):
@@ -191,7 +192,7 @@ def read_log(run: str | Path) -> list[dict]:
 def _difference(saved: dict, asked: dict) -> str | None:
     """The first key that differs, with both values, for a message: an option, from which the rest follows, if any."""
     for key in sorted(saved.keys() | asked.keys(), key=lambda key: (key != "options", key)):
-        one, two = saved.get(key), asked.get(key)
+        one, two = saved.get(key, _BEFORE.get(key)), asked.get(key)
         if isinstance(one, dict) and isinstance(two, dict):
             inner = _difference(one, two)
             if inner:

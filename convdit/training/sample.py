@@ -17,6 +17,7 @@ from . import build
 from .autoencoder import Autoencoder
 from .codecs import DiffusersVAE, decoder
 from .common import device_of
+from .options import CHANNELS
 from .pictures import grid, save_png
 from .runs import RunError, read_weights, write_whole
 from .unet import UNet
@@ -31,7 +32,8 @@ def process(config: dict[str, Any], steps: int | None = None) -> GaussianDiffusi
     if objective_of(config) == "flow":
         return RectifiedFlow(steps or STEPS)
     respacing = None if steps is None else str(steps)
-    return GaussianDiffusion(STEPS, config["schedule"], respacing, config["model"]["learn_sigma"])
+    gamma = config.get("min_snr_gamma")  # older runs have none
+    return GaussianDiffusion(STEPS, config["schedule"], respacing, config["model"]["learn_sigma"], gamma)
 
 
 def objective_of(config: dict[str, Any]) -> str:
@@ -74,11 +76,12 @@ class PictureMaker:
         seed: int = 0,
         progress: bool = False,
         interval: Sequence[float] | None = None,
+        channels: str = "all",
         batch: int = 250,
     ) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1] of the classes ``labels`` (N,), on the CPU.
 
-        ``guidance``, ``sampler`` and ``interval`` are those of ``pictures``.
+        ``guidance``, ``sampler``, ``interval`` and ``channels`` are those of ``pictures``.
         """
         device = next(self.dit.parameters()).device
         start = torch.Generator().manual_seed(seed)  # the same noise on every device
@@ -86,7 +89,7 @@ class PictureMaker:
         parts = []
         for part in labels.split(batch):
             noise = torch.randn(len(part), *self.latent_shape, generator=start)
-            parts.append(self.pictures(noise, part, guidance, steps, sampler, later, progress, interval))
+            parts.append(self.pictures(noise, part, guidance, steps, sampler, later, progress, interval, channels))
         return torch.cat(parts)
 
     @property
@@ -106,22 +109,23 @@ class PictureMaker:
         generator: torch.Generator | None = None,
         progress: bool = False,
         interval: Sequence[float] | None = None,
+        channels: str = "all",
     ) -> Tensor:
         """Pictures (N, C, H, W) in [0, 1], on the CPU, from noise (N, ...) and labels or embeddings y.
 
-        ``guidance`` is the scale of classifier-free guidance on all channels; 1 is none; ``interval`` the lowest and
-        highest timestep (of a flow: time) at which there is any. ``sampler`` is "ddim" (the default) or "ddpm"; of a
-        flow "euler" (the default) or "heun".
+        ``guidance`` is the scale of classifier-free guidance; 1 is none; ``interval`` the lowest and highest timestep
+        (of a flow: time) at which there is any; ``channels`` those that it acts on, "all", or "first3" as in the
+        public DiT. ``sampler`` is "ddim" (the default) or "ddpm"; of a flow "euler" (the default) or "heun".
         """
         device = next(self.dit.parameters()).device
         diffusion = process(self.config, steps)
-        sampler = self.check(sampler, interval)
+        sampler = self.check(sampler, interval, channels)
         y = y.to(device)
         arguments: dict[str, Any] = {"y": y}
         forward: Callable[..., Tensor] = self.dit
         if guidance != 1.0:
             forward = self.dit.forward_with_cfg
-            arguments |= {"cfg_scale": guidance, "channels": "all"}
+            arguments |= {"cfg_scale": guidance, "channels": channels}
             arguments |= {} if interval is None else {"interval": tuple(interval)}
         if isinstance(diffusion, GaussianDiffusion):
             arguments["clip_denoised"] = self.autoencoder is None
@@ -139,8 +143,8 @@ class PictureMaker:
             x = self.autoencoder.decode(x)
         return ((x + 1) / 2).clamp(0, 1).cpu()
 
-    def check(self, sampler: str | None, interval: Sequence[float] | None) -> str:
-        """The sampler, or that of this run for None. Raises ValueError for one, or an interval, that is not its."""
+    def check(self, sampler: str | None, interval: Sequence[float] | None, channels: str = "all") -> str:
+        """The sampler, or that of this run for None. Raises ValueError for a setting that is not this run's."""
         objective = objective_of(self.config)
         last = 1 if objective == "flow" else STEPS - 1
         if sampler is not None and sampler not in SAMPLERS[objective]:
@@ -151,6 +155,9 @@ class PictureMaker:
                 f"guidance_interval: expected 0 <= low <= high <= {last} for weights of objective {objective}, "
                 f"got {interval[0]:g} and {interval[1]:g}"
             )
+        known_channels = CHANNELS[:1] if isinstance(self.dit, UNet) else CHANNELS
+        if channels not in known_channels:
+            raise ValueError(f"guidance_channels: expected {' or '.join(known_channels)}, got {channels!r}")
         return sampler or SAMPLERS[objective][0]
 
     def _caches(self, steps: int, y: Tensor) -> bool:
@@ -199,7 +206,7 @@ def sample_to_file(
     if not 1 <= settings["steps"] <= STEPS:
         raise ValueError(f"steps: expected 1 to {STEPS}, got {settings['steps']}")
     maker = PictureMaker.load(source, cpu)
-    maker.check(settings.get("sampler"), settings.get("interval"))
+    maker.check(settings.get("sampler"), settings.get("interval"), settings.get("channels", "all"))
     numbers = class_numbers(classes, maker.classes)
     labels = torch.tensor(numbers).repeat_interleave(count)
     sweep = [maker.sample(labels, scale, progress=True, **settings) for scale in guidance]

@@ -55,6 +55,7 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
         "vae": cache.result["vae"] if cache else None,
         "objective": options.objective,
         "schedule": options.schedule,
+        "min_snr_gamma": options.min_snr_gamma,
         "channels": cache.result["channels"] if cache else channels,
     }
     run = Run(out, config, resume, accelerator.is_main_process)
@@ -84,7 +85,8 @@ def train_dit(options: DiTOptions, out: str | Path, resume: bool = False) -> Pic
     def show(step: int, model: Any) -> None:
         labels = torch.arange(min(10, len(dataset.classes))).repeat_interleave(_SAMPLES)
         maker = PictureMaker(model, decode, run.config)
-        pictures = maker.sample(labels, options.sample_guidance, options.sample_steps, seed=options.seed)
+        guidance, channels = options.sample_guidance, options.sample_channels
+        pictures = maker.sample(labels, guidance, options.sample_steps, seed=options.seed, channels=channels)
         (run.path / "samples").mkdir(exist_ok=True)
         zoom = max(1, 64 // pictures.shape[-1])
         save_png(run.path / "samples" / f"step-{step:08d}.png", grid(pictures, columns=_SAMPLES, zoom=zoom))

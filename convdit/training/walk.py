@@ -32,12 +32,13 @@ def walk_to_file(
     cpu: bool = False,
     sampler: str | None = None,
     interval: Sequence[float] | None = None,
+    channels: str = "all",
 ) -> None:
     """Writes ``rows`` walks of ``frames`` pictures: a PNG with a strip a row, or a GIF that runs there and back.
 
     "latent" goes from one noise to another at one class; "class" from the embedding of one class to
     that of another at one noise. ``classes`` names the one, or the two (default: the first ones). ``guidance``,
-    ``sampler`` (one that draws no noise) and ``interval`` are those of ``PictureMaker.pictures``.
+    ``sampler`` (one that draws no noise), ``interval`` and ``channels`` are those of ``PictureMaker.pictures``.
     """
     if out.suffix not in (".png", ".gif"):
         raise ValueError(f"out: expected a name ending in .png or .gif, got {out}")
@@ -49,7 +50,7 @@ def walk_to_file(
     if not 1 <= steps <= STEPS:
         raise ValueError(f"steps: expected 1 to {STEPS}, got {steps}")
     maker = PictureMaker.load(source, cpu)
-    if maker.check(sampler, interval) == "ddpm":
+    if maker.check(sampler, interval, channels) == "ddpm":
         raise ValueError(
             "sampler: expected one that draws no noise on the way, for near starts to give near pictures, got ddpm"
         )
@@ -60,7 +61,7 @@ def walk_to_file(
     numbers = numbers[:ends] if classes is None else numbers
     if len(numbers) != ends:
         raise ValueError(f"classes: expected {ends} for a {kind} walk, got {len(numbers)}")
-    pictures = walk(maker, kind, numbers, frames, rows, guidance, steps, seed, sampler, interval)
+    pictures = walk(maker, kind, numbers, frames, rows, guidance, steps, seed, sampler, interval, channels)
     zoom = max(1, 64 // pictures.shape[-1])
     if out.suffix == ".png":
         save_png(out, grid(pictures.flatten(0, 1), columns=frames, zoom=zoom))
@@ -82,6 +83,7 @@ def walk(
     seed: int,
     sampler: str | None = None,
     interval: Sequence[float] | None = None,
+    channels: str = "all",
 ) -> Tensor:
     """Pictures (rows, frames, C, H, W) in [0, 1]; without noise on the way near starts give near pictures."""
     table = cast(LabelEmbedder, cast(DiT, maker.dit).y_embedder).embedding_table.weight
@@ -96,7 +98,7 @@ def walk(
         one, two = table[numbers[0]], table[numbers[1]]
         embeddings = torch.lerp(one, two, at.to(table)[:, None]).expand(rows, frames, -1)
     start, y = noise.flatten(0, 1), embeddings.flatten(0, 1)
-    pictures = maker.pictures(start, y, guidance, steps, sampler, interval=interval)
+    pictures = maker.pictures(start, y, guidance, steps, sampler, interval=interval, channels=channels)
     return pictures.unflatten(0, (rows, frames))
 
 

@@ -117,6 +117,7 @@ void forward_rows(const Adaln& p, int64_t row) {
     for (int r = 0; r < R; ++r) {
       const Vec<A> normalised = (load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r];
       write_lanes<Stream, kFull>(out + r * width + i, normalised * factor + offset, n);
+      if (Stream && p.y == nullptr) __builtin_prefetch(residual + (R + r) * width + i, 0, 3);  // the next rows
     }
   });
 }

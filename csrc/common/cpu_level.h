@@ -16,8 +16,8 @@ const char* cpu_level_name(CpuLevel level);
 bool multiplies_bf16();
 bool multiplies_f16();
 
-// Bytes of the third-level cache: what Linux says (32 MiB where it does not), or the environment variable
-// CONVDIT_CACHE_BYTES; read once.
+// Bytes of the third-level cache: what Linux says (32 MiB where it does not; on Intel's servers at most eight times the
+// second level), or the environment variable CONVDIT_CACHE_BYTES; read once.
 int64_t cache_bytes();
 
 }  // namespace convdit

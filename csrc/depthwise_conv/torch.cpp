@@ -39,14 +39,16 @@ struct Convolution {
   DepthwiseConv params;
   Tensor packed;
 };
-Convolution convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool flip, const Tensor& y) {
+// Without the result, which the callers allocate last: glibc gives the place of a freed aligned block to one of the same size
+// only where it can grow into what lies behind, else it takes new pages at every call.
+Convolution convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool flip) {
   const int64_t kernel = weight.size(3);
   Convolution c{DepthwiseConv{}, allocate({kernel * kernel, padded_channels(x.size(3))}, accumulate_dtype(x), x)};
   DepthwiseConv& p = c.params;
   p.batch = x.size(0), p.height = x.size(1), p.width = x.size(2), p.channels = x.size(3), p.kernel = kernel;
   p.dtype = dtype_of("x", x), p.flip = flip;
   p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr(), p.packed = c.packed.mutable_data_ptr();
+  p.packed = c.packed.mutable_data_ptr();
   return c;
 }
 
@@ -54,8 +56,10 @@ Tensor depthwise_conv2d_fwd(const Tensor& x_in, const Tensor& weight_in, const s
   check_map("x", x_in);
   const Tensor weight = check_weight(weight_in, x_in);
   const std::optional<Tensor> bias = check_bias(bias_in, x_in);
-  const Tensor x = dense(x_in), y = allocate_like(x);
-  const Convolution c = convolution(x, weight, bias, false, y);
+  const Tensor x = dense(x_in);
+  Convolution c = convolution(x, weight, bias, false);
+  const Tensor y = allocate_like(x);
+  c.params.y = y.mutable_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(depthwise_conv, forward, x, c.params);
   return y;
 }
@@ -63,8 +67,10 @@ Tensor depthwise_conv2d_fwd(const Tensor& x_in, const Tensor& weight_in, const s
 Tensor depthwise_conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in) {
   check_map("grad", grad_in);
   const Tensor weight = check_weight(weight_in, grad_in);
-  const Tensor grad = dense(grad_in), grad_x = allocate_like(grad);
-  const Convolution c = convolution(grad, weight, std::nullopt, true, grad_x);
+  const Tensor grad = dense(grad_in);
+  Convolution c = convolution(grad, weight, std::nullopt, true);
+  const Tensor grad_x = allocate_like(grad);
+  c.params.y = grad_x.mutable_data_ptr();
   if (grad.numel() > 0) CONVDIT_RUN(depthwise_conv, forward, grad, c.params);
   return grad_x;
 }
@@ -113,14 +119,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_fwd(const
   const std::optional<Tensor> bias = check_bias(bias_in, x_in);
   const Tensor ln_weight = check_parameter("ln_weight", ln_weight_in, {x_in.size(3)}, x_in);
   const Tensor ln_bias = check_parameter("ln_bias", ln_bias_in, {x_in.size(3)}, x_in);
-  const Tensor x = dense(x_in), out = allocate_like(x);
+  const Tensor x = dense(x_in);
   const auto statistic = [&] {
     return save ? allocate({x.size(0), x.size(1), x.size(2)}, accumulate_dtype(x), x) : allocate({0}, accumulate_dtype(x), x);
   };
-  const Tensor conv = save ? allocate_like(x) : allocate({0}, x.scalar_type(), x), mean = statistic(), rstd = statistic();
-  const Convolution c = convolution(x, weight, bias, false, save ? conv : out);
+  const Tensor mean = statistic(), rstd = statistic();
+  const Convolution c = convolution(x, weight, bias, false);
+  const Tensor conv = save ? allocate_like(x) : allocate({0}, x.scalar_type(), x), out = allocate_like(x);
   DepthwiseConvLayerNorm p{};
   p.conv = c.params, p.eps = eps;
+  p.conv.y = (save ? conv : out).mutable_data_ptr();
   p.ln_weight = ln_weight.const_data_ptr(), p.ln_bias = ln_bias.const_data_ptr(), p.out = out.mutable_data_ptr();
   if (save) p.mean = mean.mutable_data_ptr(), p.rstd = rstd.mutable_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(depthwise_conv, forward_layer_norm, x, p);
@@ -136,17 +144,18 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(const Tensor&
   check_dtype("grad", grad_in, conv_in.scalar_type());
   const Tensor ln_weight = check_parameter("ln_weight", ln_weight_in, {channels}, conv_in);
   const Tensor mean = check_parameter("mean", mean_in, {n, h, w}, conv_in), rstd = check_parameter("rstd", rstd_in, {n, h, w}, conv_in);
-  const Tensor grad = dense(grad_in), conv = dense(conv_in), grad_conv = allocate_like(conv);
+  const Tensor grad = dense(grad_in), conv = dense(conv_in);
   const auto dtype = accumulate_dtype(conv);
-  if (conv.numel() == 0) return {grad_conv, allocate_zeros({channels}, dtype, conv), allocate_zeros({channels}, dtype, conv)};
+  if (conv.numel() == 0) return {allocate_like(conv), allocate_zeros({channels}, dtype, conv), allocate_zeros({channels}, dtype, conv)};
   const Tensor grad_weight = allocate({channels}, dtype, conv), grad_bias = allocate({channels}, dtype, conv);
   LayerNormBackward p{};
   p.rows = n * h * w, p.channels = channels, p.dtype = dtype_of("conv", conv);
   p.grad = grad.const_data_ptr(), p.x = conv.const_data_ptr(), p.weight = ln_weight.const_data_ptr();
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr();
-  p.grad_x = grad_conv.mutable_data_ptr(), p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
   p.parts = sum_parts(ceil_div(p.rows, 16), 0, 1);
-  const Tensor work = allocate({p.parts, 2, channels}, dtype, conv);
+  const Tensor work = allocate({p.parts, 2, channels}, dtype, conv), grad_conv = allocate_like(conv);
+  p.grad_x = grad_conv.mutable_data_ptr();
   p.workspace = work.mutable_data_ptr();
   CONVDIT_RUN(depthwise_conv, layer_norm_backward, conv, p);
   return {grad_conv, grad_weight, grad_bias};

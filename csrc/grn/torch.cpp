@@ -37,10 +37,11 @@ Tensor workspace(const GrnShape& p, int64_t per_tile, int64_t per_image, const T
 std::tuple<Tensor, Tensor> forward(const GrnShape& shape, const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in) {
   const Tensor weight = check_parameter("weight", weight_in, {shape.channels}, x_in);
   const Tensor bias = check_parameter("bias", bias_in, {shape.channels}, x_in);
-  const Tensor x = dense(x_in), y = allocate_like(x);
-  if (x.numel() == 0) return {y, allocate_zeros({shape.images, shape.channels}, accumulate_dtype(x), x)};
+  const Tensor x = dense(x_in);
+  if (x.numel() == 0) return {allocate_like(x), allocate_zeros({shape.images, shape.channels}, accumulate_dtype(x), x)};
   const Tensor norm = allocate({shape.images, shape.channels}, accumulate_dtype(x), x);
   const Tensor work = workspace(shape, 1, 1, x), tiles = allocate({shape.images + 1}, ScalarType::Long, x);
+  const Tensor y = allocate_like(x);  // after the small ones: see adaln/torch.cpp
   Grn p{shape};
   p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = bias.const_data_ptr();
   p.y = y.mutable_data_ptr(), p.norm = norm.mutable_data_ptr();
@@ -56,14 +57,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const GrnShape& shape, const Tensor&
   check_same_device("grad", grad_in, "x", x_in);
   const Tensor norm = check_parameter("norm", norm_in, {shape.images, shape.channels}, x_in);
   const Tensor weight = check_parameter("weight", weight_in, {shape.channels}, x_in);
-  const Tensor grad = dense(grad_in), x = dense(x_in), grad_x = allocate_like(x);
+  const Tensor grad = dense(grad_in), x = dense(x_in);
   if (x.numel() == 0) {
     const auto none = [&] { return allocate_zeros({shape.channels}, accumulate_dtype(x), x); };
-    return {grad_x, none(), none()};
+    return {allocate_like(x), none(), none()};
   }
   const Tensor grad_weight = allocate({shape.channels}, accumulate_dtype(x), x);
   const Tensor grad_bias = allocate({shape.channels}, accumulate_dtype(x), x);
-  const Tensor work = workspace(shape, 2, 4, x), tiles = allocate({shape.images + 1}, ScalarType::Long, x);
+  const Tensor work = workspace(shape, 2, 4, x), tiles = allocate({shape.images + 1}, ScalarType::Long, x), grad_x = allocate_like(x);
   GrnBackward p{shape};
   p.grad = grad.const_data_ptr(), p.x = x.const_data_ptr(), p.norm = norm.const_data_ptr(), p.weight = weight.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr(), p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();

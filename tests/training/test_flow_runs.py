@@ -11,7 +11,7 @@ from convdit.cli import main
 from convdit.diffusion import GaussianDiffusion, RectifiedFlow
 from convdit.models import DiT
 from convdit.training import sample
-from convdit.training.runs import read_json, read_log
+from convdit.training.runs import read_json, read_log, write_json
 from convdit.training.sample import PictureMaker, process
 from convdit.training.walk import walk
 
@@ -59,7 +59,9 @@ def test_a_run_trains_what_its_objective_says_and_shows_samples_on_the_way(run):
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000003.png"]
 
 
-def test_a_flow_resumes_to_the_bits_of_an_unbroken_run(run, tmp_path, monkeypatch):
+@pytest.fixture
+def two_runs(run, tmp_path, monkeypatch):
+    """The folders of an unbroken run and of one that a power cut ended after its third step of five."""
     from convdit.training import engine
 
     original, calls = engine._Trainer._micro_step, []
@@ -75,9 +77,28 @@ def test_a_flow_resumes_to_the_bits_of_an_unbroken_run(run, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(engine._Trainer, "_micro_step", failing)
         assert main(["train-dit", *options, "--out", str(tmp_path / "cut")]) == 1
-    assert main(["train-dit", "--resume", "--out", str(tmp_path / "cut")]) == 0  # the options are those of the run
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    return tmp_path / "whole", tmp_path / "cut"
+
+
+def goes_on(whole, cut):
+    assert main(["train-dit", "--resume", "--out", str(cut)]) == 0  # the options are those of the run
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, cut))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_flow_resumes_to_the_bits_of_an_unbroken_run(two_runs):
+    goes_on(*two_runs)
+
+
+def test_a_run_from_before_there_were_flows_goes_on_predicting_noise(run, two_runs, capsys):
+    whole, cut = two_runs
+    config = read_json(cut / "config.json")
+    assert config.pop("objective") == config["options"].pop("objective") == run.name
+    write_json(cut / "config.json", config)
+    line = fails(capsys, "train-dit", "--resume", "--objective", "flow", "--out", cut)
+    assert "another objective: the run has 'noise', asked for 'flow'" in line
+    if run.name == "noise":  # no older run was a flow
+        goes_on(whole, cut)
 
 
 def test_samples_of_the_commands_come_through_the_cache_and_equal_those_without(run, monkeypatch):

@@ -1,5 +1,6 @@
 """What train-dit and encode promise: the cache, the log, samples on the way, a resumed run like the unbroken one."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -10,13 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from convdit import data
+from convdit.cli import main
+from convdit.diffusion import GaussianDiffusion
+from convdit.models import DiT
 from convdit.training import build, latents, runs
 from convdit.training.codecs import DiffusersVAE
+from convdit.training.finetune import finetune
 from convdit.training.latents import LatentDataset, encode
 from convdit.training.optim import moving_average
-from convdit.training.options import DiTOptions, EncodeOptions
+from convdit.training.options import DiTOptions, EncodeOptions, FinetuneOptions
 from convdit.training.runs import RunError, read_log
-from convdit.training.sample import PictureMaker
+from convdit.training.sample import PictureMaker, process
 from convdit.training.speed import utilisation
 from convdit.training.train_dit import by_timestep, train_dit
 
@@ -206,12 +211,87 @@ def test_the_u_net_trains_and_samples_with_guidance_as_a_dit(tmp_path):
     plain, guided, same = (maker.sample(torch.tensor([1, 2]), g, steps=2) for g in (1.0, 3.0, 1.000001))
     assert plain.shape == (2, 1, 16, 16) and not torch.equal(plain, guided)
     torch.testing.assert_close(plain, same, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="guidance_channels: expected all, got 'first3'"):
+        maker.sample(torch.tensor([1, 2]), 3.0, steps=2, channels="first3")
+
+
+def test_min_snr_weighting_and_every_schedule_are_those_of_the_process(tmp_path, cache):
+    for schedule, gamma in (("linear", None), ("cosine", None), ("scaled_linear", 0.01)):
+        out = tmp_path / schedule
+        command = ["train-dit", "--data", str(cache), "--schedule", schedule, "--out", str(out), "--cpu"]
+        command += [] if gamma is None else ["--min-snr-gamma", str(gamma)]
+        model = "--hidden-size 16 --depth 1 --num-heads 2 --patch-size 2 --steps 1 --log-every 1 --batch-size 64"
+        assert main([*command, *model.split()]) == 0
+        made = process(PictureMaker.load(out, cpu=True).config)
+        expected = GaussianDiffusion(1000, schedule, min_snr_gamma=gamma)
+        assert made.min_snr_gamma == gamma and (made.base_betas == expected.base_betas).all()
+        (entry,) = read_log(out)
+        weighted = entry["loss"] - entry["vb"]
+        assert weighted < 0.5 * entry["mse"] if gamma else weighted == pytest.approx(entry["mse"])
+
+
+def test_every_command_that_guides_takes_the_channels(tmp_path, cache, monkeypatch):
+    run, judge, seen = tmp_path / "run", tmp_path / "judge", []
+    finetune(FinetuneOptions(data="digits", depths=[1], dims=[8], stem_stride=2, steps=1, cpu=True), judge)
+    original = DiT.forward_with_cfg
+
+    @functools.wraps(original)  # samplers know the method by its name
+    def watched(self, *arguments, **settings):
+        seen.append(settings["channels"])
+        return original(self, *arguments, **settings)
+
+    monkeypatch.setattr(DiT, "forward_with_cfg", watched)
+    few = ["--steps", "1", "--guidance", "2", "--cpu"]
+    commands = {
+        "sample": [str(run), "--classes", "3", "--count", "1", *few],
+        "walk": [str(run), "--frames", "2", "--rows", "1", *few],
+        "evaluate": [str(run), "--real", "digits", "--judge", str(judge), "--count", "4", *few],
+    }
+    model = "--hidden-size 16 --depth 1 --num-heads 2 --patch-size 2 --steps 1 --batch-size 4 --cpu".split()
+    on_the_way = ["--evaluate-every", "1", "--sample-guidance", "2", "--sample-steps", "1"]
+    for given, expected in ([], "all"), (["first3"], "first3"):
+        out = run if not given else tmp_path / given[0]
+        flag = ["--sample-channels", *given] if given else []
+        assert main(["train-dit", "--data", str(cache), *model, *on_the_way, *flag, "--out", str(out)]) == 0
+        assert seen and set(seen) == {expected}, "train-dit"
+        for command, arguments in commands.items():
+            seen.clear()
+            flag = ["--guidance-channels", *given] if given else []
+            name = tmp_path / ("x.json" if command == "evaluate" else "x.png")
+            assert main([command, *arguments, *flag, "--out", str(name)]) == 0
+            assert seen and set(seen) == {expected}, command
+        seen.clear()
+
+
+def test_guidance_of_three_channels_is_that_of_the_model(tmp_path, cache):
+    train_dit(DiTOptions(data=str(cache), patch_size=2, steps=1, **TINY), tmp_path / "run")
+    maker, labels = PictureMaker.load(tmp_path / "run", cpu=True), torch.tensor([3, 7])
+    with torch.no_grad():
+        for parameter in maker.dit.parameters():  # one step of training has hardly moved the zeros
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    made = {}
+    for channels in ("first3", "all"):
+        x = process(maker.config, 3).sample(
+            maker.dit.forward_with_cfg, noise.shape, "ddim", noise=noise, y=labels, cfg_scale=4.0, channels=channels
+        )
+        made[channels] = maker.sample(labels, 4.0, 3, seed=5, channels=channels)
+        expected = ((maker.autoencoder.decode(x) + 1) / 2).clamp(0, 1).detach()
+        torch.testing.assert_close(made[channels], expected, rtol=0, atol=1e-4)
+    assert (made["first3"] - made["all"]).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="guidance_channels: expected all or first3, got 'first4'"):
+        maker.sample(labels, 4.0, 3, channels="first4")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"latent": True}, "latent: .* holds latents"),
+        ({"schedule": "sigmoid"}, "schedule: expected one of linear, cosine, scaled_linear, got 'sigmoid'"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma: expected a positive number, got 0"),
+        ({"min_snr_gamma": 5.0, "objective": "flow"}, "min_snr_gamma: expected none with objective flow, got 5"),
+        ({"sample_channels": "three"}, "sample_channels: expected all or first3, got 'three'"),
+        ({"sample_channels": "first3", "model": "unet"}, "sample_channels: expected all, got 'first3'"),
         ({"image_size": 8}, "image_size: .* holds latents"),
         ({"conditioning": "none"}, "conditioning: expected one of adaln_zero"),
         ({"class_dropout": 1.0}, "class_dropout: expected"),
