@@ -30,17 +30,29 @@ def blocks(layer):
     return products._packed[layer.weight].blocks
 
 
-def call(layer, x, gelu=False):
+def call(layer, x):
     with torch.no_grad():
-        return packed_linear(x, layer.weight, layer.bias, gelu)
+        return packed_linear(x, layer.weight, layer.bias)
+
+
+def step(optimizer, **options):
+    def change(weight):
+        weight.grad = torch.ones_like(weight)
+        optimizer([weight], lr=1.0, **options).step()
+
+    return change
 
 
 CHANGES = {
+    "by SGD": step(torch.optim.SGD, foreach=False),
+    "by SGD, foreach": step(torch.optim.SGD, foreach=True),
+    "by fused AdamW": step(torch.optim.AdamW, fused=True),
     "in place": lambda weight: weight.mul_(2),
     "one value in place": lambda weight: weight[3, 5].add_(100),
     "through .data": lambda weight: weight.data.mul_(2),
     "one row through .data": lambda weight: weight.data[-1].zero_(),
     "other memory": lambda weight: setattr(weight, "data", weight.detach() * 2),
+    "other memory twice": lambda weight: [setattr(weight, "data", weight.detach() * 2) for _ in range(2)],
     "through NumPy": lambda weight: weight.detach().numpy().__imul__(2),
 }
 
@@ -97,18 +109,20 @@ def test_weights_that_are_not_packed_are_right_too(weights):
 
 
 def test_compiled_products_are_packed_as_well(layer):
-    compiled = torch.compile(lambda x: packed_linear(x, layer.weight, layer.bias, True) + 1, fullgraph=True)
+    second = nn.Linear(40, 24)
+    compiled = torch.compile(lambda x: products.mlp(x, layer, second, True) + 1, fullgraph=True)
     x = tokens()
     with torch.no_grad():
         for _ in range(3):
-            torch.testing.assert_close(compiled(x), F.gelu(layer(x), approximate="tanh") + 1, rtol=1e-5, atol=1e-5)
-    assert blocks(layer) is not None
+            right = second(F.gelu(layer(x), approximate="tanh")) + 1
+            torch.testing.assert_close(compiled(x), right, rtol=1e-5, atol=1e-5)
+    assert blocks(layer) is not None and blocks(second) is not None
 
 
 def test_registration(layer):
     arguments = tokens(), layer.weight.detach(), layer.bias.detach()
-    for gelu in (False, True):
-        torch.library.opcheck(packed_linear.default, (*arguments, gelu))
+    for bias in (arguments[-1], None):
+        torch.library.opcheck(packed_linear.default, (*arguments[:-1], bias))
     torch.library.opcheck(bias_gelu_.default, (tokens(), torch.randn(24)))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
         call(layer, tokens())
