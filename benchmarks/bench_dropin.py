@@ -32,8 +32,9 @@ def comparisons() -> Iterator[Comparison]:
         yield Row("accelerated timm, compiled", "forward", shape, build=partial(build, True))
     for n, (operator, pack) in product((2, 8), {"accelerated diffusers": False, "packed diffusers": True}.items()):
         shape, build = f"S/2; {n}x4x32x32", partial(diffusers_inference, n=n, pack=pack)
-        yield Row(operator, "forward", shape, build=build)
-        yield Row(f"{operator}, compiled", "forward", shape, build=partial(build, True))
+        long = partial(Row, shape=shape, effort=8)  # there is little between them, and a turn takes a second
+        yield long(operator, "forward", build=build)
+        yield long(f"{operator}, compiled", "forward", build=partial(build, True))
     small = partial(Row, "accelerated layer", against="eager", effort=0.3)  # small ones, where there is least to gain
     for name, shape in LAYERS:
         label = f"{name}; {'x'.join(map(str, shape))}"
