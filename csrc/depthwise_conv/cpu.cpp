@@ -170,15 +170,6 @@ void layer_norm_backward(const LayerNormBackward& p, const Runner& run) {
 }
 
 // ---- by dtype ----------------------------------------------------------------------------------------------------
-template <class F>
-void dispatch(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-  }
-}
 void dispatch_forward(const DepthwiseConv& p, const Runner& run) {
   dispatch(p.dtype, [&](auto x) { forward<decltype(x)>(p, run); });
 }
