@@ -51,10 +51,9 @@ class DemoSettings:
     sampling_steps: int = 50
     timing_rounds: int = 7
 
-    def common(self, splits: data.Splits) -> dict[str, Any]:
+    def common(self, image_size: int) -> dict[str, Any]:
         """The options that every training of the demo shares."""
-        size = splits.train.image_shape[1]
-        return {"data": self.data, "image_size": size, "held_out": self.held_out, "cpu": self.cpu}
+        return {"data": self.data, "image_size": image_size, "held_out": self.held_out, "cpu": self.cpu}
 
     @classmethod
     def quick(cls) -> DemoSettings:
