@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convdit
+from convdit.dropin import products
 from convdit.dropin.swap import Swapped
 from tests.ops.harness import assert_rows_close
 
@@ -80,21 +81,93 @@ def test_values_and_gradients_keep_to_the_error_rule(results, name, training):
             assert_rows_close(o, p, r, torch.float32, f"{name}, {('value', 'gradient')[kind]} {i}")
 
 
+@pytest.mark.parametrize("pack", [False, True], ids=["default", "packed"])
 @pytest.mark.parametrize("name", families.DITS)
-def test_inference_of_transformers_keeps_to_the_error_rule_and_to_hooks(results, name):
+def test_inference_of_transformers_keeps_to_the_error_rule_and_to_hooks(results, name, pack):
     model, fast, _ = results(name)
     model, fast = model.eval(), copy.deepcopy(fast).eval()
+    convdit.accelerate(fast, pack_weights=pack)
     with torch.no_grad():
         right, plain = (families.call(name, m)[0] for m in (copy.deepcopy(model).double(), model))
-        with Operators("mkldnn") as products:
-            ours = families.call(name, fast)[0]
-        assert products.names == {"_linear_pointwise"}
-        assert_rows_close(*(t.flatten() for t in (ours, plain, right)), torch.float32, name)
+        for packed in (False, pack, pack):  # at the second call weights are packed
+            with Operators() as operators:
+                ours = families.call(name, fast)[0]
+            assert "gelu_tanh_" in operators.names and ("packed_linear" in operators.names) == pack
+            kept = copies(fast)
+            assert len(kept) >= 4 if pack else not kept
+            assert all((blocks is not None) == packed for blocks in kept)
+            assert_rows_close(*(t.flatten() for t in (ours, plain, right)), torch.float32, f"{name}, packed: {packed}")
         calls, inner = [], [m for n, m in fast.named_modules() if n.endswith(("mlp.fc2", "ff.net.2", "attn1.to_q"))]
         for part in inner:
             part.register_forward_hook(lambda *_: calls.append(1))
         families.call(name, fast)
         assert len(calls) == len(inner) >= 2
+
+
+def copies(model):
+    return [products._packed[p].blocks for p in model.parameters() if p in products._packed]
+
+
+def unseen(model):
+    """Changes a value of each matrix behind PyTorch's back: neither version nor memory nor the sample shows it."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.shape[1] > 2:
+            parameter.data[0, 1] += 3.0
+
+
+def inference(name, model):
+    with torch.no_grad():
+        return families.call(name, model)[0]
+
+
+@pytest.mark.parametrize("name", families.DITS)
+def test_by_default_no_change_of_the_weights_goes_unseen_and_packed_it_takes_accelerate_again(results, name):
+    plain, fast, _ = results(name)
+    plain, fast = copy.deepcopy(plain).eval(), copy.deepcopy(fast).eval()
+    packed = copy.deepcopy(fast)
+    convdit.accelerate(packed, pack_weights=True)
+    for model in (fast, packed):
+        for _ in range(2):
+            before = inference(name, model)
+    for model in (plain, fast, packed):
+        unseen(model)
+    right = inference(name, plain)
+    assert not torch.allclose(before, right, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(inference(name, fast), right, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(inference(name, packed), right, rtol=1e-3, atol=1e-3)  # as its docstring warns
+    convdit.accelerate(packed, pack_weights=True)
+    for _ in range(2):
+        torch.testing.assert_close(inference(name, packed), right, rtol=1e-4, atol=1e-4)
+    assert copies(packed)
+    convdit.accelerate(packed)
+    assert not copies(packed)
+    torch.testing.assert_close(inference(name, packed), right, rtol=1e-4, atol=1e-4)
+    assert not copies(packed)
+
+
+@pytest.mark.parametrize("name", families.DITS)
+def test_packed_models_train_on_the_weights_themselves_and_follow_the_optimiser(results, name):
+    plain, fast, _ = results(name)
+    plain, fast = copy.deepcopy(plain).eval(), copy.deepcopy(fast).eval()
+    assert "weights packed" not in str(convdit.accelerate(copy.deepcopy(plain)))
+    convdit.restore(fast)
+    assert "weights packed" in str(convdit.accelerate(fast, pack_weights=True))
+    fast = pickle.loads(pickle.dumps(fast))  # it stays so
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, fast)]
+    for _ in range(2):
+        for _ in range(2):
+            torch.testing.assert_close(inference(name, fast), inference(name, plain), rtol=1e-4, atol=1e-4)
+        kept = copies(fast)
+        assert kept and all(blocks is not None for blocks in kept)
+        for model, optimizer in zip((plain, fast), optimizers, strict=True):
+            optimizer.zero_grad()
+            with Operators() as operators:
+                families.call(name, model)[0].square().mean().backward()
+            assert not operators.names & {"packed_linear", "gelu_tanh_"}
+            optimizer.step()
+    grads = [[p.grad for p in m.parameters()] for m in (plain, fast)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -382,6 +455,8 @@ def test_bad_arguments_are_named(function):
         function("convnext")
     with pytest.raises(TypeError, match="devices: expected names"):
         convdit.accelerate(block(), devices="cpu")
+    with pytest.raises(TypeError, match="pack_weights: expected True or False, got 1"):
+        convdit.accelerate(block(), pack_weights=1)
 
 
 def test_the_report_names_what_was_swapped_and_what_was_left():
