@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
+from convdit import ops
 from convdit.ops._common import in_transform
 
 from .swap import Foreign
@@ -43,8 +44,7 @@ def linear(x: Tensor, layer: nn.Linear, pack: bool) -> Tensor:
 def mlp(x: Tensor, first: nn.Linear, second: nn.Linear, pack: bool) -> Tensor:
     """second(gelu(first(x))), GELU in its tanh form."""
     hidden = _product(x.contiguous(), first.weight, None, pack)
-    torch.ops.convdit.bias_gelu_(hidden, first.bias)
-    return linear(hidden, second, pack)
+    return linear(ops.gelu_tanh(hidden, first.bias, overwrite=True), second, pack)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
@@ -92,7 +92,7 @@ def forget(model: nn.Module) -> None:
         _packed.pop(parameter, None)
 
 
-# Operators, so that torch.compile calls them as they stand, the packed one with the weights themselves.
+# An operator, so that torch.compile calls it as it stands, with the weight itself.
 _library = torch.library.Library("convdit", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
@@ -109,11 +109,6 @@ _library.impl("packed_linear", _packed_linear, "CPU")
 @torch.library.register_fake("convdit::packed_linear", lib=_library)
 def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("convdit::bias_gelu_", lib=_library)
-def _(x, bias):
-    return None
 
 
 @register_flop_formula(torch.ops.convdit.packed_linear)

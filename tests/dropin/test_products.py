@@ -1,4 +1,4 @@
-"""The Linears of accelerated transformers: packed weights follow the weights; GELU with its bias in place."""
+"""The Linears of accelerated transformers: packed weights follow the weights."""
 
 import copy
 import gc
@@ -11,12 +11,11 @@ from torch import nn
 
 import convdit
 from convdit.dropin import products
-from tests.ops.harness import assert_rows_close
 
 from . import families
 from .running import Operators
 
-bias_gelu_, packed_linear = torch.ops.convdit.bias_gelu_, torch.ops.convdit.packed_linear
+packed_linear = torch.ops.convdit.packed_linear
 
 
 def tokens(rows=8, width=24):
@@ -128,7 +127,6 @@ def test_registration(layer):
     arguments = tokens(), layer.weight.detach(), layer.bias.detach()
     for bias in (arguments[-1], None):
         torch.library.opcheck(packed_linear.default, (*arguments[:-1], bias))
-    torch.library.opcheck(bias_gelu_.default, (tokens(), torch.randn(24)))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
         call(layer, tokens())
     assert flops.get_total_flops() == 2 * 2 * 8 * 24 * 40
@@ -198,44 +196,8 @@ def test_packed_models_train_on_the_weights_themselves_and_follow_the_optimiser(
             optimizer.zero_grad()
             with Operators() as operators:
                 families.call(name, model)[0].square().mean().backward()
-            assert not operators.names & {"packed_linear", "bias_gelu_"}
+            assert not operators.names & {"packed_linear", "gelu_tanh_"}
             optimizer.step()
     grads = [[p.grad for p in m.parameters()] for m in (plain, fast)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-# ---- GELU ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (5, 3), (2, 33, 16), (3, 70, 257), (1, 20000)], ids=str)
-def test_gelu_keeps_to_the_error_rule(shape, dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(shape, generator=generator)).to(dtype)
-    bias = torch.randn(shape[-1], generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    right = F.gelu(x.double() + bias.double(), approximate="tanh")
-    plain = F.gelu(x + bias.to(dtype), approximate="tanh")
-    ours = x.clone()
-    bias_gelu_(ours, bias)
-    if dtype == torch.float64:
-        torch.testing.assert_close(ours, right, rtol=1e-13, atol=1e-13)
-    else:
-        assert_rows_close(ours, plain, right, dtype, "gelu")
-
-
-def test_gelu_of_huge_values_and_of_none():
-    x = torch.tensor([-1e30, -90.0, -12.0, -0.0, 0.0, 12.0, 90.0, 1e30, float("inf"), float("nan")])
-    expected = F.gelu(x, approximate="tanh")
-    bias_gelu_(x, torch.zeros(10))
-    torch.testing.assert_close(x, expected, equal_nan=True)
-    bias_gelu_(torch.empty(0, 4), torch.zeros(4))
-
-
-def test_gelu_refuses_by_name():
-    with pytest.raises(RuntimeError, match="x: expected a contiguous tensor"):
-        bias_gelu_(torch.randn(4, 6).t(), torch.zeros(4))
-    with pytest.raises(RuntimeError, match="bias: expected"):
-        bias_gelu_(torch.randn(4, 6), torch.zeros(5))
-    with pytest.raises(RuntimeError, match="x: expected"):
-        bias_gelu_(torch.ones(4, 6, dtype=torch.int64), torch.zeros(6))
