@@ -4,6 +4,7 @@ PyTorch and nvcc are stood in for by two small files, so that a test takes a sec
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,10 +163,10 @@ def test_a_pytorch_that_does_not_import_is_named_with_the_cure(tools):
     assert "convdit needs PyTorch 2.11 or later (pip install torch)" in said and "libcudart is not there" in said
 
 
-def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py's build with a PATH that has cmake and no compiler; it must end before it configures."""
+def build(tmp_path: Path, cmake: str = CMAKE, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py's build with a PATH that has this cmake and no compiler."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "cmake").symlink_to(CMAKE)
+    (tmp_path / "bin" / "cmake").symlink_to(cmake)
     env = {name: value for name, value in os.environ.items() if name != "CXX"}
     env |= {"PATH": str(tmp_path / "bin"), **environment}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
@@ -192,3 +193,11 @@ def test_a_build_without_cmake_names_the_cure(tmp_path):
     done = build(tmp_path, PATH=str(tmp_path))
     assert done.returncode != 0
     assert "convdit: cmake is missing. Cure: pip install cmake ninja" in done.stderr
+
+
+def test_a_build_ends_with_its_time_and_memory(tmp_path):
+    nothing = shutil.which("true")  # configures and builds nothing, well
+    done = build(tmp_path, nothing, CXX=nothing, MAX_JOBS="1")
+    assert done.returncode == 0, done.stderr
+    line = r"^convdit: built in \d+ s, 1 jobs, each at most 0\.\d\d GiB$"
+    assert re.search(line, done.stdout, re.MULTILINE), done.stdout
