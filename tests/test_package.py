@@ -42,6 +42,7 @@ def test_one_version_in_source_metadata_and_binary(metadata):
     assert convdit.__version__ == literal
     assert metadata["Version"] == literal
     assert convdit.build_info()["version"] == literal
+    assert f"\n## [{literal}]" in (ROOT / "CHANGELOG.md").read_text()
     for found in importlib.metadata.distributions(name="convdit"):
         assert found.version == literal
 
@@ -186,3 +187,12 @@ def test_the_source_distribution_has_every_file_of_the_repository(tmp_path):
         packed = {name.partition("/")[2] for name in tar.getnames()}
     there = {name for name in listed.stdout.split() if (ROOT / name).exists()}
     assert {name for name in there - packed if not name.startswith(".")} == set()
+
+
+def test_a_long_file_gives_its_reason_at_its_top():
+    written = [p for suffix in ("py", "h", "cpp", "cu", "cuh", "cmake", "md") for p in ROOT.glob(f"*/**/*.{suffix}")]
+    folders = {"csrc", "convdit", "tests", "benchmarks", "examples", "docs"}
+    texts = {p: p.read_text().splitlines() for p in written if p.relative_to(ROOT).parts[0] in folders}
+    assert len(texts) > 200
+    long = {str(p.relative_to(ROOT)): lines[:16] for p, lines in texts.items() if len(lines) > 400}
+    assert long and [name for name, top in long.items() if "Over 400 lines" not in "\n".join(top)] == []

@@ -252,20 +252,14 @@ void backward(const AdalnBackward& p, const Runner& run) {
 
 // x and the branch have one dtype, or a float32 x takes a branch of halves.
 template <class Params, class F>
-void dispatch(const Params& p, const F& f) {
-  switch (p.dtype) {
-    case DType::f64: return f(double{}, double{});
-    case DType::bf16: return f(bf16{}, bf16{});
-    case DType::f16: return f(f16{}, f16{});
-    case DType::f32:
-      if (p.branch_dtype == DType::bf16) return f(float{}, bf16{});
-      if (p.branch_dtype == DType::f16) return f(float{}, f16{});
-      return f(float{}, float{});
-  }
+void dispatch_both(const Params& p, const F& f) {
+  if (p.dtype == DType::f32 && p.branch_dtype == DType::bf16) return f(float{}, bf16{});
+  if (p.dtype == DType::f32 && p.branch_dtype == DType::f16) return f(float{}, f16{});
+  dispatch(p.dtype, [&](auto x) { f(x, x); });
 }
 
 void dispatch_forward(const Adaln& p, const Runner& run) {
-  dispatch(p, [&](auto x, auto y) {
+  dispatch_both(p, [&](auto x, auto y) {
     using T = decltype(x);
     using Y = decltype(y);
     const bool fits = p.y == nullptr || p.out == nullptr || kRows * p.width <= kScratch;
@@ -281,7 +275,7 @@ void backward_of(const AdalnBackward& p, const Runner& run) {
   else backward<true, true, Stream, T, Y>(p, run);
 }
 void dispatch_backward(const AdalnBackward& p, const Runner& run) {
-  dispatch(p, [&](auto x, auto y) {
+  dispatch_both(p, [&](auto x, auto y) {
     using T = decltype(x);
     using Y = decltype(y);
     if (too_large<T>(p.grad_x, p.grad_y, p.batch * p.tokens, p.width, 3)) backward_of<true, T, Y>(p, run);

@@ -57,16 +57,6 @@ void backward(const GeluTanhBackward& p, const Runner& run) {
   });
 }
 
-template <class F>
-void dispatch(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-  }
-}
-
 void dispatch_forward(const GeluTanh& p, const Runner& run) {
   dispatch(p.dtype, [&](auto x) { p.bias != nullptr ? forward<true, decltype(x)>(p, run) : forward<false, decltype(x)>(p, run); });
 }
