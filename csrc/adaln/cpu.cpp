@@ -97,9 +97,8 @@ void forward_rows(const Adaln& p, int64_t row) {
       const int64_t at = r * width;
       for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
         constexpr bool kFull = decltype(full)::value;
-        const Vec<A> v =
-            as_stored<T>(load_lanes<kFull>(residual + at + i, n) +
-                         load_gate<kFull, T>(p.gate, p.narrow_gate, parameters + i, n) * load_lanes<kFull>(y + at + i, n));
+        const Vec<A> v = as_stored<T>(load_lanes<kFull>(residual + at + i, n) +
+                                      load_gate<kFull, T>(p.gate, p.narrow_gate, parameters + i, n) * load_lanes<kFull>(y + at + i, n));
         write_lanes<Stream, kFull>(sum_rows + at + i, v, n);
         if (keep) store_lanes<kFull>(scratch + at + i, v, n);
         moments.add(r, v);
