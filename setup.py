@@ -5,10 +5,12 @@ Sources and flags are in CMakeLists.txt.
 """
 
 import os
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -64,11 +66,14 @@ class CMakeBuild(build_ext):
         ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
+        start = time.monotonic()
         try:
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", str(work), "-j", str(jobs())], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"convdit: the build failed (exit status {error.returncode}); CMake's message above says why")
+        seconds, kib = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        print(f"convdit: built in {seconds:.0f} s, {jobs()} jobs, each at most {kib / 2**20:.2f} GiB", flush=True)
 
     def copy_extensions_to_source(self) -> None:
         """In place and editable builds: all the libraries go beside the Python files, not only ``_C``."""

@@ -67,6 +67,8 @@ _TABLE = {
     ("accelerated timm, compiled", "forward", "PyTorch"): (MODELS, _bars("1 1", "1.05 1.05")),
     ("accelerated diffusers", "forward", "PyTorch"): (DIT[:1], _bars("1.03", "1.06")),
     ("accelerated diffusers, compiled", "forward", "PyTorch"): (DIT[:1], _bars("1", "1.05")),
+    ("packed diffusers", "forward", "PyTorch"): (DIT[:1], _bars("1.03", "1.06")),
+    ("packed diffusers, compiled", "forward", "PyTorch"): (DIT[:1], _bars("1", "1.05")),
     ("packed_attention", "forward", "PyTorch"): (DIT, _bars("1 1", "1.1 1.1")),
     ("packed_attention", "backward", "PyTorch"): (DIT, _bars("1 1", "1.05 1.05")),
 }  # fmt: skip

@@ -171,6 +171,7 @@ CASES = {
     "gated_residual_layer_norm_modulate": _tokens(
         ops.gated_residual_layer_norm_modulate, reference.gated_residual_layer_norm_modulate, 2, 3
     ),
+    "gelu_tanh": _maps(ops.gelu_tanh, reference.gelu_tanh, lambda c: [(c,)]),
     "packed_attention": _attention,
     "adaln_zero_attention": _attention_half,
 }

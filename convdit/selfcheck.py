@@ -87,6 +87,7 @@ CHECKS: dict[str, Callable[[], Arguments]] = {
     },
     "grn": lambda: {"x": _map(), **_grn()},
     "gelu_grn": lambda: {"x": _map(), **_grn()},
+    "gelu_tanh": lambda: {"x": _map(), "bias": torch.randn(_C)},
     "sparse_grn": lambda: {"features": _features(), **_grn(), "sites": _sites()},
     "sparse_gelu_grn": lambda: {"features": _features(), **_grn(), "sites": _sites()},
     "layer_norm_modulate": lambda: {**_tokens("x"), **_modulation("shift", "scale")},

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from convdit import ops, reference
 from convdit.sparse import ActiveSites
-from tests.ops import harness, test_adaln, test_attention, test_convnext_block, test_depthwise_conv, test_grn
+from tests.ops import (
+    harness,
+    test_adaln,
+    test_attention,
+    test_convnext_block,
+    test_depthwise_conv,
+    test_gelu_tanh,
+    test_grn,
+)
 from tests.ops import test_sparse_depthwise_conv as test_sparse
 from tests.ops.harness import Case
 
@@ -78,6 +86,7 @@ OPERATORS: dict[str, Callable[[Draw], Case]] = {
     ),
     "grn": lambda draw: test_grn.dense_case("grn", *_map(draw)),
     "gelu_grn": lambda draw: test_grn.dense_case("gelu_grn", *_map(draw)),
+    "gelu_tanh": lambda draw: test_gelu_tanh.gelu_case(*_map(draw)),
     "sparse_grn": lambda draw: test_grn.packed_case(
         "grn", _sites(draw), draw.randint(1, 70), draw.choice(("sample", "batch"))
     ),

@@ -42,6 +42,7 @@ def test_one_version_in_source_metadata_and_binary(metadata):
     assert convdit.__version__ == literal
     assert metadata["Version"] == literal
     assert convdit.build_info()["version"] == literal
+    assert f"\n## [{literal}]" in (ROOT / "CHANGELOG.md").read_text()
     for found in importlib.metadata.distributions(name="convdit"):
         assert found.version == literal
 
@@ -119,6 +120,23 @@ def test_a_size_of_the_cache_that_is_no_number_of_bytes_is_refused(text):
     assert f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {text!r}" in done.stderr
 
 
+def cache_of_level(level):
+    """Bytes, as Linux says; 0 where it does not."""
+    size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size")
+    return int(size.read_text().strip().removesuffix("K")) << 10 if size.exists() else 0
+
+
+def test_the_cache_that_kernels_count_on():
+    """The last level; on Intel's servers at most eight times the second, since the rest is no quicker than memory."""
+    cpu, second, third = Path("/proc/cpuinfo"), cache_of_level(2), cache_of_level(3) or 32 << 20
+    text = cpu.read_text() if cpu.exists() else ""
+    server = "GenuineIntel" in text and "avx512f" in text and second > 0
+    expected = min(third, 8 * second) if server else third
+    code = "import convdit; print(convdit.build_info()['cpu_cache_bytes'])"
+    assert int(python(code, CONVDIT_CACHE_BYTES="").stdout) == expected
+    assert int(python(code, CONVDIT_CACHE_BYTES="12345").stdout) == 12345
+
+
 def test_the_baseline_level_can_be_asked_for():
     code = "import convdit; print(convdit.build_info()['cpu_level'])"
     done = python(code, CONVDIT_CPU_LEVEL="baseline")
@@ -169,3 +187,12 @@ def test_the_source_distribution_has_every_file_of_the_repository(tmp_path):
         packed = {name.partition("/")[2] for name in tar.getnames()}
     there = {name for name in listed.stdout.split() if (ROOT / name).exists()}
     assert {name for name in there - packed if not name.startswith(".")} == set()
+
+
+def test_a_long_file_gives_its_reason_at_its_top():
+    written = [p for suffix in ("py", "h", "cpp", "cu", "cuh", "cmake", "md") for p in ROOT.glob(f"*/**/*.{suffix}")]
+    folders = {"csrc", "convdit", "tests", "benchmarks", "examples", "docs"}
+    texts = {p: p.read_text().splitlines() for p in written if p.relative_to(ROOT).parts[0] in folders}
+    assert len(texts) > 200
+    long = {str(p.relative_to(ROOT)): lines[:16] for p, lines in texts.items() if len(lines) > 400}
+    assert long and [name for name, top in long.items() if "Over 400 lines" not in "\n".join(top)] == []

@@ -10,7 +10,7 @@ from torch import nn
 
 from convdit._checks import kind
 
-from . import convnext, dit, layers
+from . import convnext, dit, layers, products
 from .swap import Swapped, difference, register, subclass
 
 RULES = register(*convnext.RULES, *dit.RULES, *layers.RULES)  # outer layers first
@@ -57,7 +57,7 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, devices: Sequence[str] = ("cpu",)) -> Report:
+def accelerate(model: nn.Module, devices: Sequence[str] = ("cpu",), pack_weights: bool = False) -> Report:
     """Let the operators compute the layers of a model that they know, in place.
 
     Known are: ConvNeXt blocks, V1 and V2, of timm (so those of open_clip too), transformers and
@@ -73,26 +73,37 @@ def accelerate(model: nn.Module, devices: Sequence[str] = ("cpu",)) -> Report:
             rounding, in training and evaluation. It can be copied, pickled, compiled and accelerated again.
         devices: types of device on which the operators run; on another the model computes what it always did. The
             CUDA operators have not been timed on a GPU: ("cpu", "cuda") uses them nevertheless.
+        pack_weights: for weights that are frozen. In float32 inference on a CPU, transformer blocks of up to 768
+            channels then keep the weights of attention and MLP a second time, packed for the matrix products. Changes
+            that PyTorch sees, such as an optimiser's or `load_state_dict`'s, are followed; after one that it cannot see
+            (through ``.data``, NumPy or another process) call `accelerate` again, or results may be those of the old
+            weights.
 
     Returns:
         What was swapped, and what was left and why.
 
     Raises:
-        TypeError: a model that is not a module, or devices that are not names.
+        TypeError: a model that is not a module, devices that are not names, or a pack_weights that is not a bool.
 
-    One thing is lost: differentiating a gradient again raises, since the operators have no double backward.
+    One thing is lost: differentiating a gradient again raises, since the operators have no double backward. Of a model
+    that was accelerated before, `devices` and `pack_weights` become those of the last call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {kind(model)}")
     if isinstance(devices, str) or not all(isinstance(device, str) for device in devices):
         raise TypeError(f'devices: expected names of device types such as ("cpu",), got {devices!r}')
+    if not isinstance(pack_weights, bool):
+        raise TypeError(f"pack_weights: expected True or False, got {pack_weights!r}")
+    products.forget(model)
     report = Report(type(model).__name__)
-    _visit(model, "", report, tuple(devices), {})
+    _visit(model, "", report, (tuple(devices), pack_weights), {})
     return report
 
 
-def _visit(module: nn.Module, name: str, report: Report, devices: tuple[str, ...], judged: dict) -> None:
+def _visit(module: Any, name: str, report: Report, asked: tuple[tuple[str, ...], bool], judged: dict) -> None:
     if isinstance(module, Swapped):
+        if "convdit_original" in type(module).__dict__:  # else fully_shard or the like made another class of it
+            module.__class__ = subclass(module.convdit_original, module.convdit_rule, *asked)
         report.swapped.append(Entry(name, type(module).__name__, "was swapped before"))
         return
     rule = next((rule for rule in RULES if rule.knows(module)), None)
@@ -106,14 +117,15 @@ def _visit(module: nn.Module, name: str, report: Report, devices: tuple[str, ...
                 judged[key] = difference(rule, module)
             why = judged[key]
         if why is None:
-            module.__class__ = subclass(original, rule.name, devices)
-            report.swapped.append(Entry(name, layer, f"{rule.becomes}, {rule.when}"))
+            module.__class__ = subclass(original, rule.name, *asked)
+            packed = "; weights packed for inference in float32 on a CPU" if rule.packs and asked[1] else ""
+            report.swapped.append(Entry(name, layer, f"{rule.becomes}, {rule.when}{packed}"))
             return
         report.kept.append(Entry(name, layer, why))
     elif next(module.parameters(recurse=False), None) is not None:
         report.kept.append(Entry(name, layer, "no operator for it"))
     for child_name, child in module.named_children():
-        _visit(child, f"{name}.{child_name}" if name else child_name, report, devices, judged)
+        _visit(child, f"{name}.{child_name}" if name else child_name, report, asked, judged)
 
 
 def restore(model: nn.Module) -> None:
@@ -133,3 +145,4 @@ def restore(model: nn.Module) -> None:
             )
     for part in swapped.values():
         part.__class__ = type(part).convdit_original
+    products.forget(model)

@@ -35,6 +35,7 @@ class Rule:
         gains: (module, x): whether an input is of a shape and layout that the operators compute faster.
         compute: (module, *arguments of its forward): the same result, by the operators.
         example: arguments of its forward, in float64, to hold `compute` against the original with.
+        packs: whether `compute` packs weights where that is asked for, as `products` says.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Rule:
     gains: Callable[[Foreign, Tensor], bool]
     compute: Callable[..., object]
     example: Callable[[Foreign], tuple[tuple, dict]]
+    packs: bool = False
 
 
 _RULES: dict[str, Rule] = {}
@@ -57,11 +59,13 @@ class Swapped:
     convdit_original: type
     convdit_rule: str
     convdit_devices: tuple[str, ...]
+    convdit_packs: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         _, _, *state = reduced
-        return _empty, (self.convdit_original, self.convdit_rule, self.convdit_devices), *state
+        made_of = self.convdit_original, self.convdit_rule, self.convdit_devices, self.convdit_packs
+        return _empty, made_of, *state
 
 
 def register(*rules: Rule) -> tuple[Rule, ...]:
@@ -70,7 +74,7 @@ def register(*rules: Rule) -> tuple[Rule, ...]:
 
 
 @functools.cache
-def subclass(original: type[Any], rule_name: str, devices: tuple[str, ...]) -> type:
+def subclass(original: type[Any], rule_name: str, devices: tuple[str, ...], packs: bool) -> type:
     """The class that modules of class `original` get."""
     rule, slow = _RULES[rule_name], original.forward
 
@@ -88,12 +92,13 @@ def subclass(original: type[Any], rule_name: str, devices: tuple[str, ...]) -> t
         return slow(self, x, *args, **kwargs)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    parts = {"convdit_original": original, "convdit_rule": rule_name, "convdit_devices": devices}
+    parts = {"convdit_original": original, "convdit_rule": rule_name}
+    parts |= {"convdit_devices": devices, "convdit_packs": packs}
     return type(original.__name__, (Swapped, original), {**names, **parts, "forward": forward})
 
 
-def _empty(original: type, rule_name: str, devices: tuple[str, ...]) -> nn.Module:
-    cls: Any = subclass(original, rule_name, devices)
+def _empty(original: type, rule_name: str, devices: tuple[str, ...], packs: bool) -> nn.Module:
+    cls: Any = subclass(original, rule_name, devices, packs)
     return cls.__new__(cls)
 
 
@@ -132,21 +137,28 @@ def touched(module: nn.Module, *inner: str) -> str | None:
         part: Foreign = module
         for name in path.split("."):
             part = part._modules[name]
-        if any(getattr(part, hooks) for hooks in _HOOKS):
+        if _hooked(part):
             return f"a hook on {path} would not be called"
         if "forward" in part.__dict__:
             return f"{path} has a forward of its own"
     return None
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether a hook, or a forward of its own, is on a module or inside it."""
-    return any("forward" in part.__dict__ or any(getattr(part, h) for h in _HOOKS) for part in module.modules())
+def watched(module: Foreign) -> bool:
+    """Whether a hook, or a forward of its own, is on a module or inside it; quick, since each call asks."""
+    if _hooked(module) or "forward" in module.__dict__:
+        return True
+    return any(watched(part) for part in module._modules.values() if part is not None)
+
+
+def _hooked(module: Foreign) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
 
 
 def own_class(module: nn.Module) -> type:
     """A module's class, before it was swapped."""
-    return getattr(module, "convdit_original", type(module))
+    return getattr(type(module), "convdit_original", type(module))
 
 
 def defined_by(module: nn.Module) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from convdit import ops
 from convdit._checks import check_tensor, check_whole
@@ -91,7 +92,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        if x.device.type == "cpu" and _plain(self.fc1):  # its bias is added on the way through GELU
+            return self.fc2(ops.gelu_tanh(F.linear(x, self.fc1.weight), self.fc1.bias, overwrite=True))
+        return self.fc2(ops.gelu_tanh(self.fc1(x)))
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether nobody sees or changes what a Linear returns: by a hook, a subclass or a forward of its own."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooks and "forward" not in layer.__dict__ and not _has_any_global_hook()
 
 
 class DiTBlock(nn.Module):

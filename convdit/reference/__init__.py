@@ -10,6 +10,7 @@ from .attention import adaln_zero_attention, packed_attention
 from .convnext_block import convnext_block
 from .decompositions import decompositions
 from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
+from .gelu_tanh import gelu_tanh
 from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
 from .neighbors import neighbors
 from .sparse_depthwise_conv import sparse_depthwise_conv2d
@@ -23,6 +24,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "gelu_grn",
+    "gelu_tanh",
     "grn",
     "layer_norm_modulate",
     "neighbors",

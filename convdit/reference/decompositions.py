@@ -16,6 +16,7 @@ from .adaln import gated_residual, layer_norm_modulate
 from .attention import packed_attention
 from .convnext_block import convnext_block
 from .depthwise_conv import depthwise_conv2d
+from .gelu_tanh import gelu_tanh
 from .grn import gelu_grn, grn
 
 
@@ -38,6 +39,10 @@ def _depthwise_conv2d_layer_norm_fwd(x, weight, bias, ln_weight, ln_bias, eps, s
 
 def _grn_fwd(x, weight, bias, eps, gelu):
     return (gelu_grn if gelu else grn)(x, weight, bias, eps), _norm(F.gelu(x) if gelu else x)
+
+
+def _gelu_tanh_fwd(x, bias):
+    return gelu_tanh(x, bias)
 
 
 def _convnext_block_fwd(*args):
@@ -83,6 +88,7 @@ _FORWARDS = (
     _depthwise_conv2d_fwd,
     _depthwise_conv2d_layer_norm_fwd,
     _grn_fwd,
+    _gelu_tanh_fwd,
     _convnext_block_fwd,
     _convnext_mlp_fwd,
     _layer_norm_modulate_fwd,

@@ -51,6 +51,10 @@ class DemoSettings:
     sampling_steps: int = 50
     timing_rounds: int = 7
 
+    def common(self, image_size: int) -> dict[str, Any]:
+        """The options that every training of the demo shares."""
+        return {"data": self.data, "image_size": image_size, "held_out": self.held_out, "cpu": self.cpu}
+
     @classmethod
     def quick(cls) -> DemoSettings:
         """Under a minute, on digits: shows that everything runs, not how good it gets."""

@@ -24,13 +24,7 @@ GUIDANCE = (1.0, 2.0)
 
 def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str, Any]:
     """The results of these stages, by name."""
-    common: dict[str, Any] = {
-        "data": settings.data,
-        "image_size": splits.train.image_shape[1],
-        "held_out": settings.held_out,
-        "cpu": settings.cpu,
-        "seed": settings.seed,
-    }
+    common = {**settings.common(splits.train.image_shape[1]), "seed": settings.seed}
     runs = out / "runs"
     results: dict[str, Any] = {}
 

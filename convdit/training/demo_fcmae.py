@@ -29,12 +29,7 @@ _LOG: dict[str, Any] = {"log_every": 5}  # short runs, smooth curves
 
 def run(stages: Stages, settings: DemoSettings, splits: data.Splits, out: Path) -> dict[str, Any]:
     """The results of these stages, by name."""
-    common: dict[str, Any] = {
-        "data": settings.data,
-        "image_size": splits.train.image_shape[1],
-        "held_out": settings.held_out,
-        "cpu": settings.cpu,
-    }
+    common = settings.common(splits.train.image_shape[1])
     runs = out / "runs"
     trained = runs / "pretrain"
     results: dict[str, Any] = {}

@@ -24,6 +24,12 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def _check_counts(options: Any, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+
+
 @dataclass
 class DataOptions:
     data: str = option("mnist5k", "mnist5k, digits, or a path: pictures by class, IDX, .npz, ...")
@@ -71,11 +77,9 @@ class LoopOptions:
 
     def check(self, world: int = 1) -> None:
         """Raises ValueError for a setting that cannot work, by the name that the user typed."""
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.evaluate_every is not None and self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every: expected at least 1, got {self.evaluate_every}")
+        _check_counts(self, "steps", "batch_size", "accumulate", "save_every", "log_every")
+        if self.evaluate_every is not None:
+            _check_counts(self, "evaluate_every")
         for name in ("clip_grad", "weight_decay", "workers", "seed", "min_lr", "warmup_epochs"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -289,9 +293,7 @@ class EncodeOptions(DataOptions):
 
     def check(self) -> None:
         """Raises ValueError for a setting that cannot work, by the name that the user typed."""
-        for name in ("shard_size", "batch_size", "autoencoder_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _check_counts(self, "shard_size", "batch_size", "autoencoder_steps")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: expected float32 or float16, got {self.dtype!r}")
         if self.scale is not None and not self.scale > 0:
@@ -313,9 +315,7 @@ class ImpactOptions:
     cpu: bool = option(False, "stay on the CPU even where there is a GPU")
 
     def check(self) -> None:
-        for name in ("labels", "repeats", "pretrain_steps", "finetune_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _check_counts(self, "labels", "repeats", "pretrain_steps", "finetune_steps")
 
 
 @dataclass
@@ -329,9 +329,7 @@ class CollapseOptions:
     cpu: bool = option(False, "stay on the CPU even where there is a GPU")
 
     def check(self) -> None:
-        for name in ("pictures", "pretrain_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        _check_counts(self, "pictures", "pretrain_steps")
 
 
 def saved(options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-// What every CUDA launcher needs: grids, alignment, dispatch by dtype, the status of a launch.
+// What every CUDA launcher needs: grids, alignment, the status of a launch.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -46,15 +46,5 @@ bool aligned(int64_t bytes, const P*... pointers) {
 
 inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
-
-template <class F>
-int dispatch(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-    default: return f(float{});
-  }
-}
 
 }  // namespace convdit::cuda

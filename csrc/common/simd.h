@@ -8,7 +8,7 @@
 //   stream(p, v)                for memory that is not read again soon: past the caches, where p is aligned to a vector
 //   splat, sum, vmax, exp, tanh, normal_cdf, normal_pdf
 //
-// A long file: each function stands once, with what the levels need to differ in inside it.
+// Over 400 lines: each function stands once, with what the levels need to differ in inside it.
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -26,4 +26,15 @@ struct Accumulate<double> {
 template <class T>
 using accum_t = typename Accumulate<T>::type;
 
+// f of a value of the element type.
+template <class F>
+auto dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    default: return f(float{});
+  }
+}
+
 }  // namespace convdit

@@ -68,16 +68,6 @@ void add_residual(const AddResidual& p, const Runner& run) {
   });
 }
 
-template <class F>
-void dispatch(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-  }
-}
-
 void dispatch_fold_scale(const FoldScale& p, const Runner& run) {
   dispatch(p.dtype, [&](auto t) { fold_scale<decltype(t)>(p, run); });
 }

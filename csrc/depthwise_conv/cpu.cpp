@@ -12,6 +12,11 @@ namespace {
 
 constexpr int64_t kBandBytes = 512 * 1024;  // of x that one task passes over for all its channels: stays in the L2 cache
 
+template <class T, class P>
+int64_t map_bytes(const P& p) {  // of x and y, or of x and grad
+  return 2 * p.batch * p.height * p.width * p.channels * static_cast<int64_t>(sizeof(T));
+}
+
 // ---- forward -----------------------------------------------------------------------------------------------------
 template <class A>
 void pack_weights(const DepthwiseConv& p, int64_t plane) {
@@ -21,25 +26,31 @@ void pack_weights(const DepthwiseConv& p, int64_t plane) {
 }
 
 template <class T>
-void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, Range band) {
+void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, int64_t next, Range band) {
   using A = accum_t<T>;
   const Map map{p.height, p.width, p.channels, p.kernel};
   const Plane c = plane_channels<A>(p.channels, plane);
   const int64_t offset = image * p.height * p.width * p.channels + c.first;
   const A* weight = static_cast<const A*>(p.packed) + plane * p.kernel * p.kernel * lanes<A>;
   const Vec<A> start = p.bias ? load_lanes<false>(static_cast<const A*>(p.bias) + c.first, c.lanes) : Vec<A>{};
+  const T* x = static_cast<const T*>(p.x) + offset;
   T* y = static_cast<T*>(p.y) + offset;
-  pass_rows<true>(static_cast<const T*>(p.x) + offset, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
+  const NextPlane<T> ahead(x, y, map, c, plane_channels<A>(p.channels, next), map_bytes<T>(p));
+  pass_rows<true>(x, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
     alignas(kVectorBytes) A row[kStrip * lanes<A>];
     T* to = y + (h * p.width + strip.first) * p.channels;
     A* out = row;
     int64_t out_step = lanes<A>;
     if constexpr (sizeof(T) == sizeof(A)) {
       if (c.lanes == lanes<A>) out = to, out_step = p.channels;
-      if (rows.outputs == 2) return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
+      if (rows.outputs == 2) {
+        for (int64_t r = 0; r < 2; ++r) ahead.fetch(h + r, strip.first, strip.columns);
+        return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
+      }
     }
     for (int64_t i = 0; i < strip.tiles; ++i) {
       const auto& tile = strip.tile[i];
+      ahead.fetch(h, strip.first + tile.first, tile.columns);
       rows.offset = tile.first * rows.step;
       tile.kernels->forward[tile.columns](rows, weight, start, out + tile.first * out_step, out_step);
     }
@@ -60,7 +71,8 @@ template <class T>
 ForwardTasks forward_tasks(const DepthwiseConv& p, const Runner& run, bool split_channels) {
   constexpr int64_t vector = lanes<accum_t<T>>;
   const int64_t wanted = run.threads > 1 ? 4 * run.threads : 1, row_bytes = p.width * p.channels * static_cast<int64_t>(sizeof(T));
-  int64_t rows = larger(kBandBytes / row_bytes - p.kernel + 1, p.kernel);
+  // Not so few that most rows are read for two bands; a LayerNorm wants the band in cache.
+  int64_t rows = larger(kBandBytes / row_bytes - p.kernel + 1, split_channels ? 2 * p.kernel : p.kernel);
   if (!split_channels) rows = smaller(rows, larger(1, p.batch * p.height / wanted));
   const int64_t bands = ceil_div(p.height, rows), apart = larger(1, p.channels / vector);
   return {bands, split_channels ? smaller(apart, ceil_div(wanted, p.batch * bands)) : 1, ceil_div(p.channels, vector), apart};
@@ -74,7 +86,8 @@ void forward(const DepthwiseConv& p, const Runner& run) {
     const int64_t image = task / tasks.groups / tasks.bands;
     const Range planes = tasks.planes_of(task % tasks.groups);
     const Range band = part_of(p.height, tasks.bands, task / tasks.groups % tasks.bands);
-    for (int64_t plane = planes.first; plane < planes.last; ++plane) forward_plane<T>(p, image, plane, band);
+    for (int64_t plane = planes.first; plane < planes.last; ++plane)
+      forward_plane<T>(p, image, plane, smaller(plane + 1, planes.last - 1), band);
   });
 }
 
@@ -86,7 +99,7 @@ void forward_layer_norm(const DepthwiseConvLayerNorm& p, const Runner& run) {
   run(conv.batch * tasks.bands, [&](int64_t task) {
     const int64_t image = task / tasks.bands;
     const Range band = part_of(conv.height, tasks.bands, task % tasks.bands);
-    for (int64_t plane = 0; plane < tasks.planes; ++plane) forward_plane<T>(conv, image, plane, band);
+    for (int64_t plane = 0; plane < tasks.planes; ++plane) forward_plane<T>(conv, image, plane, smaller(plane + 1, tasks.planes - 1), band);
     const int64_t last = (image * conv.height + band.last) * conv.width;
     constexpr int64_t group = lanes<accum_t<T>>;
     for (int64_t site = (image * conv.height + band.first) * conv.width; site < last; site += group)
@@ -101,16 +114,17 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t pl
   using A = accum_t<T>;
   const Map map{p.height, p.width, p.channels, p.kernel};
   const Plane c = plane_channels<A>(p.channels, plane);
+  const Plane next = plane_channels<A>(p.channels, smaller(plane + 1, plane_count<A>(p.channels) - 1));
   for (int64_t i = 0; i <= p.kernel * p.kernel; ++i) store(total + i * lanes<A>, Vec<A>{});
   const Range all = part_of(p.batch * p.height, p.parts, part);
   for (int64_t image = all.first / p.height; image * p.height < all.last; ++image) {
     const int64_t offset = image * p.height * p.width * p.channels + c.first;
     const Range band = {larger(0, all.first - image * p.height), smaller(p.height, all.last - image * p.height)};
-    const T* grad = static_cast<const T*>(p.grad) + offset;
-    pass_rows<false>(static_cast<const T*>(p.x) + offset, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
+    const T *grad = static_cast<const T*>(p.grad) + offset, *x = static_cast<const T*>(p.x) + offset;
+    const NextPlane<T> ahead(x, grad, map, c, next, map_bytes<T>(p));
+    pass_rows<false>(x, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
       alignas(kVectorBytes) A row[kStrip * lanes<A>];
       const T* from = grad + (h * p.width + strip.first) * p.channels;
-      const T* from_ahead = h + 1 < band.last ? from + p.width * p.channels : nullptr;
       const A* g = row;
       int64_t g_step = lanes<A>;
       bool copy = true;
@@ -120,8 +134,7 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t pl
       if (copy) read_row(from, p.channels, strip.columns, c.lanes, row);
       for (int64_t i = 0; i < strip.tiles; ++i) {
         const auto& tile = strip.tile[i];
-        // A row of grad is read once, a row of x seven times: prefetching that one as well, or in the forward, costs more than it gains.
-        if (from_ahead) prefetch_row(from_ahead + tile.first * p.channels, p.channels, tile.columns);
+        ahead.fetch(h, strip.first + tile.first, tile.columns);
         rows.offset = tile.first * rows.step;
         tile.kernels->weight[tile.columns](rows, g + tile.first * g_step, g_step, total);
       }
@@ -170,15 +183,6 @@ void layer_norm_backward(const LayerNormBackward& p, const Runner& run) {
 }
 
 // ---- by dtype ----------------------------------------------------------------------------------------------------
-template <class F>
-void dispatch(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-  }
-}
 void dispatch_forward(const DepthwiseConv& p, const Runner& run) {
   dispatch(p.dtype, [&](auto x) { forward<decltype(x)>(p, run); });
 }

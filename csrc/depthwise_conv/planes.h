@@ -36,10 +36,6 @@ void write_row(const accum_t<T>* from, int64_t step, int64_t columns, int64_t n,
     for (int64_t i = 0; i < columns; ++i) store(to + i * step, load(from + i * lanes<A>), n);
   }
 }
-template <class T>
-void prefetch_row(const T* row, int64_t step, int64_t columns) {
-  for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * step);
-}
 template <class A>
 void zero_row(int64_t columns, A* to) {
   for (int64_t i = 0; i < columns; ++i) store(to + i * lanes<A>, Vec<A>{});
@@ -86,6 +82,33 @@ template <class A>
 Plane plane_channels(int64_t channels, int64_t plane) {
   return {larger(0, smaller(plane * lanes<A>, channels - lanes<A>)), smaller(lanes<A>, channels)};
 }
+
+// Fetches the plane after this one to the second-level cache while this one is worked on. Its lines are a site's channels apart:
+// the CPU's own prefetchers follow no such step, and each row would wait for its lines. `maps`: all bytes of x and of `beside`,
+// which is read or written at the same sites. Where they fit the cache there is nothing to fetch, and no time to lose.
+template <class T>
+class NextPlane {
+ public:
+  NextPlane(const T* x, const T* beside, const Map& map, Plane plane, Plane next, int64_t maps) : map_(map) {
+    constexpr int64_t near = 1 << 20, line = 64;
+    const bool new_line = next.first * static_cast<int64_t>(sizeof(T)) % line == 0;  // else it came with this plane
+    if (next.first > plane.first && new_line && maps > near) x_ = x + next.first - plane.first, beside_ = beside + next.first - plane.first;
+  }
+  // What row h needs, and rows above it do not, under `columns` columns.
+  CONVDIT_INLINE void fetch(int64_t h, int64_t first, int64_t columns) const {
+    if (x_ == nullptr) return;
+    const int64_t radius = map_.kernel / 2, row = map_.width * map_.channels, column = first * map_.channels;
+    for (int64_t i = h == 0 ? 0 : h + radius; i < smaller(h + radius + 1, map_.height); ++i) fetch_row(x_ + i * row + column, columns);
+    fetch_row(beside_ + h * row + column, columns);
+  }
+
+ private:
+  CONVDIT_INLINE void fetch_row(const T* row, int64_t columns) const {
+    for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * map_.channels, 0, 2);
+  }
+  const Map& map_;
+  const T *x_ = nullptr, *beside_ = nullptr;
+};
 
 // Whether the tiles may read the map. The rows under the kernel should stay in the first-level cache for the next row, and
 // copied they take half the lines where a vector is half a line. Cache lines a multiple of 4 KiB apart share one set of the first-level cache, so with

@@ -348,16 +348,6 @@ void backward(const GrnBackward& p, const Runner& run) {
   if (kShifted) add_up(sums, tiles, 2 * channels, p.grad_shift);
 }
 
-template <class F>
-void dispatch(const GrnShape& p, const F& f) {
-  switch (p.dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
-  }
-}
-
 template <class T>
 void forward_of(const Grn& p, const Runner& run) {
   if (!p.gelu) return forward<Activation::none, false, T>(p, run);
@@ -366,10 +356,10 @@ void forward_of(const Grn& p, const Runner& run) {
   return forward<Activation::shifted_gelu, kHoldsSums<T>, T>(p, run);
 }
 void dispatch_forward(const Grn& p, const Runner& run) {
-  dispatch(p, [&](auto x) { forward_of<decltype(x)>(p, run); });
+  dispatch(p.dtype, [&](auto x) { forward_of<decltype(x)>(p, run); });
 }
 void dispatch_backward(const GrnBackward& p, const Runner& run) {
-  dispatch(p, [&](auto x) {
+  dispatch(p.dtype, [&](auto x) {
     using T = decltype(x);
     if (!p.gelu) return backward<Activation::none, T>(p, run);
     return p.shift == nullptr ? backward<Activation::gelu, T>(p, run) : backward<Activation::shifted_gelu, T>(p, run);

@@ -5,19 +5,8 @@ import pytest
 import torch
 
 from convdit.diffusion import RectifiedFlow
+from tests.diffusion.common import PICTURE, seeded
 from tests.models.test_dit import small
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-PICTURE = torch.linspace(-1, 1, 3 * 4 * 4).view(3, 4, 4)
 
 
 def to_the_picture(x, t):

@@ -11,11 +11,6 @@ from convdit.diffusion import GaussianDiffusion
 from convdit.diffusion.likelihood import discretized_log_likelihood, normal_kl
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def fixed(out):
     """A model that returns `out` whatever it is given."""
     return lambda x, t, **_: out

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from convdit.diffusion import GaussianDiffusion
+from tests.diffusion.common import PICTURE, seeded
 from tests.models.test_dit import small, text, text_model
 
 
@@ -25,18 +26,6 @@ class Toy:
         noise = (1 - level).sqrt() * (x - level.sqrt() * self.mean)
         noise = (noise / (level * self.std**2 + 1 - level)).to(x.dtype)
         return torch.cat([noise, torch.full_like(noise, self.sigma)], 1) if self.learn_sigma else noise
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-PICTURE = torch.linspace(-1, 1, 3 * 4 * 4).view(3, 4, 4)
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])

@@ -6,8 +6,11 @@ import torch
 from convdit import build_info
 
 NAMES = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::"))
-# On other devices the block is its parts; fma_probe measures a CPU for the benchmarks.
-CPU_ONLY = {f"convdit::{name}" for name in ("convnext_block_fwd", "convnext_mlp_fwd", "convnext_mlp_bwd", "fma_probe")}
+# On other devices the block is its parts and GELU is PyTorch's; fma_probe measures a CPU for the benchmarks; weights
+# are packed for accelerated models on a CPU.
+BLOCK = ("convnext_block_fwd", "convnext_mlp_fwd", "convnext_mlp_bwd")
+GELU = ("gelu_tanh_fwd", "gelu_tanh_", "gelu_tanh_bwd")
+CPU_ONLY = {f"convdit::{name}" for name in (*BLOCK, *GELU, "fma_probe", "packed_linear")}
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason=f"no CUDA library: {build_info()['cuda_reason']}")
