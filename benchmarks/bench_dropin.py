@@ -32,8 +32,66 @@ def comparisons() -> Iterator[Comparison]:
         yield Row("accelerated timm, compiled", "forward", shape, build=partial(build, True))
     for n, (operator, pack) in product((2, 8), {"accelerated diffusers": False, "packed diffusers": True}.items()):
         shape, build = f"S/2; {n}x4x32x32", partial(diffusers_inference, n=n, pack=pack)
-        yield Row(operator, "forward", shape, build=build)
-        yield Row(f"{operator}, compiled", "forward", shape, build=partial(build, True))
+        long = partial(Row, shape=shape, effort=8)  # there is little between them, and a turn takes a second
+        yield long(operator, "forward", build=build)
+        yield long(f"{operator}, compiled", "forward", build=partial(build, True))
+    small = partial(Row, "accelerated layer", against="eager", effort=0.3)  # small ones, where there is least to gain
+    for name, shape in LAYERS:
+        label = f"{name}; {'x'.join(map(str, shape))}"
+        for what in ("forward", "step"):
+            yield small(what, label, build=partial(layer, name, shape, what))
+
+
+CONVOLUTIONS = [(f"Conv2d {k}x{k}", (1, c, 14, 14)) for k in (3, 5, 7, 9) for c in (32, 96)]
+MAPS = [(name, shape) for name in ("GRN", "V1 block", "V2 block") for shape in ((1, 16, 4, 4), (1, 96, 14, 14))]
+TOKENS = [("DiT block", shape) for shape in ((1, 16, 64), (2, 64, 192), (2, 64, 384), (8, 64, 384))]
+NORMS = [("adaLN", shape) for shape in ((1, 16, 64), (2, 64, 384))]
+LAYERS = [*CONVOLUTIONS, *MAPS, *TOKENS, *NORMS]
+
+
+def layer(name: str, shape: tuple[int, ...], what: str) -> Work:
+    """One layer, called alone. A step is forward and backward."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.normalization import AdaLayerNormZero
+    from timm.layers.grn import GlobalResponseNorm
+    from timm.models.convnext import ConvNeXtBlock
+
+    x, heads = torch.randn(shape), max(shape[-1] // 64, 1)
+    if name == "DiT block":
+        options = {"attention_bias": True, "norm_elementwise_affine": False, "norm_eps": 1e-6}
+        made: nn.Module = BasicTransformerBlock(
+            shape[-1], heads, 64, activation_fn="gelu-approximate", norm_type="ada_norm_zero",
+            num_embeds_ada_norm=10, **options,
+        )  # fmt: skip
+        conditions: dict = {"timestep": torch.arange(shape[0]), "class_labels": torch.arange(shape[0])}
+    elif name == "adaLN":
+        made, conditions = AdaLayerNormZero(shape[-1]), {"emb": torch.randn(shape[0], shape[-1])}
+    else:
+        x, c, conditions = x.contiguous(memory_format=torch.channels_last), shape[1], {}
+        if name == "GRN":
+            made = GlobalResponseNorm(c, channels_last=False)
+        elif name.endswith("block"):
+            made = ConvNeXtBlock(c, use_grn=name == "V2 block", ls_init_value=None if name == "V2 block" else 1.0)
+        else:
+            k = int(name.split("x")[-1])
+            made = nn.Conv2d(c, c, k, padding=k // 2, groups=c)
+    rivals.randomise(made).eval()
+    ours = copy.deepcopy(made)
+    convdit.accelerate(ours)
+
+    def call(model: nn.Module) -> Callable:
+        if what == "forward":
+            return without_grad(partial(model, **conditions), x)
+        inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_(), *model.parameters()]
+
+        def step():
+            out = model(inputs[0], **conditions)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+
+        return step
+
+    return Work(call(ours), {"eager": call(made)})
 
 
 def pair(name: str, model: nn.Module, compiled: bool, pack: bool = False) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -1,22 +1,21 @@
 """Call overhead, in microseconds: every operator on tensors of a few values, beside what a call may cost.
 
-Process CPU time, so that other work counts little; the median of several runs of calls. With autograd it is the forward
-call that records a graph.
+Process CPU time, and the quickest of many short runs of calls: work beside can only lengthen one, twofold on a busy
+machine, through the caches and the clock that it shares. With autograd it is the forward call that records a graph.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from .bench_grid import CASES
-from .clock import seconds_a_call
-from .harness import Comparison, Work, without_grad
+from .clock import Function, seconds_a_call
+from .harness import Comparison, Work
 
-RUNS, CALLS, WARM_UP = 9, 500, 100
+RUNS, CALLS, WARM_UP = 40, 100, 100
 ALLOWED = {"forward": 6.0, "forward with autograd": 25.0}  # microseconds
 SHAPE = (1, 2, 2, 16)
 
@@ -31,14 +30,13 @@ def comparisons() -> Iterator[Comparison]:
 
 def overhead(name: str, what: str) -> Work:
     ours, _, tensors = CASES[name](lambda *shape: torch.randn(shape), *SHAPE)
-    if what == "forward":
-        call = without_grad(ours, *tensors)
-    else:
-        leaves = [t.requires_grad_() for t in tensors]
-        call = partial(ours, *leaves)
-    return Work(partial(microseconds, call), {"allowed": lambda: ALLOWED[what]})
+    grad = what != "forward"
+    call = partial(ours, *(t.requires_grad_(grad) for t in tensors))
+    return Work(partial(microseconds, call, grad), {"allowed": lambda: ALLOWED[what]})
 
 
-def microseconds(call) -> float:
-    seconds_a_call(call, WARM_UP, wall=False)
-    return 1e6 * statistics.median(seconds_a_call(call, CALLS, wall=False) for _ in range(RUNS))
+def microseconds(call: Function, grad: bool) -> float:
+    """Autograd is switched on or off around all calls: torch.no_grad() itself takes 2 us."""
+    with torch.set_grad_enabled(grad):
+        seconds_a_call(call, WARM_UP, wall=False)
+        return 1e6 * min(seconds_a_call(call, CALLS, wall=False) for _ in range(RUNS))

@@ -64,7 +64,7 @@ class Comparison:
     heavy: bool = False  # --quick leaves out its compiled rivals, which take long to compile, and its bar with them
     threads: int | None = None  # when not those of the run
     malloc: tuple[str, ...] = ("default", "tuned")  # the settings to measure under
-    effort: float = 1  # share of the usual time; a row too near its bar is then measured again with all of it
+    effort: float = 1  # share of the usual time; below 1, a row too near its bar is measured again with all of it
     limit: float | None = None  # seconds; where one call of ours takes longer the row is left out
     unit: str = "ms"  # or MB, us: ours and the rivals then return their figure, of peak memory or of a call
 
@@ -217,7 +217,7 @@ def _measure(comparison: Comparison, machine: Machine, malloc: str, seconds: flo
         ratio = min(figures[1:]) / figures[0]
     else:
         wall, enough = work.wall or threads > 1, partial(clears, bar)
-        stages = [(RUNS, seconds)]
+        stages = [(RUNS, seconds * comparison.effort)]
         if comparison.effort < 1:
             stages = [(1, 0.0), (RUNS, seconds * comparison.effort)]
         times = interleave(functions, stages, wall, enough, comparison.limit)

@@ -120,6 +120,23 @@ def test_a_size_of_the_cache_that_is_no_number_of_bytes_is_refused(text):
     assert f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {text!r}" in done.stderr
 
 
+def cache_of_level(level):
+    """Bytes, as Linux says; 0 where it does not."""
+    size = Path(f"/sys/devices/system/cpu/cpu0/cache/index{level}/size")
+    return int(size.read_text().strip().removesuffix("K")) << 10 if size.exists() else 0
+
+
+def test_the_cache_that_kernels_count_on():
+    """The last level; on Intel's servers at most eight times the second, since the rest is no quicker than memory."""
+    cpu, second, third = Path("/proc/cpuinfo"), cache_of_level(2), cache_of_level(3) or 32 << 20
+    text = cpu.read_text() if cpu.exists() else ""
+    server = "GenuineIntel" in text and "avx512f" in text and second > 0
+    expected = min(third, 8 * second) if server else third
+    code = "import convdit; print(convdit.build_info()['cpu_cache_bytes'])"
+    assert int(python(code, CONVDIT_CACHE_BYTES="").stdout) == expected
+    assert int(python(code, CONVDIT_CACHE_BYTES="12345").stdout) == 12345
+
+
 def test_the_baseline_level_can_be_asked_for():
     code = "import convdit; print(convdit.build_info()['cpu_level'])"
     done = python(code, CONVDIT_CPU_LEVEL="baseline")

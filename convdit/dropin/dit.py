@@ -33,8 +33,19 @@ def plain_norm(norm: Foreign) -> str | None:
     return None
 
 
+FEWEST = 1 << 16  # values of tokens that gain in training
+
+
 def _tokens(x: Tensor, like: nn.Linear) -> bool:
-    return x.dim() == 3 and x.dtype == like.weight.dtype
+    """Tokens, and with gradients not few of them: starting the operators' autograd costs more than PyTorch's own.
+
+    Measured on an Intel Xeon with AVX-512, one thread, diffusers' block of 64 to 768 channels, 4 to 2048 tokens,
+    against eager: 1.05 to 1.37 without gradients; with them 0.89 to 1.00 up to 50,000 values, from 98,000 on 1.00 to
+    1.07.
+    """
+    if x.dim() != 3 or x.dtype != like.weight.dtype:
+        return False
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() >= FEWEST
 
 
 # ---- facebookresearch/DiT and SiT ----------------------------------------------------------------
@@ -204,7 +215,7 @@ def _random(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 _FUSED = "convdit.ops.layer_norm_modulate, gated_residual_layer_norm_modulate and gated_residual"
-_WHEN = "on tokens (B, T, D) in the dtype of the weights"
+_WHEN = f"on tokens (B, T, D) in the dtype of the weights, with gradients from {FEWEST} values on"
 RULES = (
     Rule("dit_block", _FUSED, _WHEN, _is_official, _refuses_official,
          lambda block, x: _tokens(x, block.adaLN_modulation[-1]), _official, _official_example, packs=True),

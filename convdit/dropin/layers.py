@@ -32,7 +32,9 @@ def channels_last(x: Tensor) -> bool:
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():  # the quicker question
+        return False
+    return any(t.requires_grad for t in tensors)
 
 
 def _conv_gains(conv: Foreign, x: Tensor) -> bool:
@@ -43,11 +45,12 @@ def _conv_gains(conv: Foreign, x: Tensor) -> bool:
     to 1.1 for 3x3, 2.7 to 6 for all others. In bfloat16 the forward gains nothing, and with gradients as much or more.
     """
     k = conv.kernel_size[0]  # 5 or more: see _refuses_conv
+    forward = k >= 7 and (k != 9 or conv.in_channels >= 64) and x.dtype == torch.float32
+    if not forward and not torch.is_grad_enabled():  # first, for the call may be a short one
+        return False
     if not channels_last(x) or x.dtype != conv.weight.dtype or x.dtype == torch.float16:
         return False
-    if wants_gradient(x, conv.weight):
-        return True
-    return x.dtype == torch.float32 and k >= 7 and (k != 9 or conv.in_channels >= 64)
+    return forward or wants_gradient(x, conv.weight)
 
 
 def _refuses_conv(conv: Foreign) -> str | None:
@@ -71,8 +74,9 @@ def _grn(grn: Foreign, x: Tensor) -> Tensor:
 def _grn_gains(grn: Foreign, x: Tensor) -> bool:
     """1.06 to 13 on maps that lie channels-last, as measured like the convolution; below a few thousand values (0.88 to
     1.7) starting costs as much."""
-    lies_well = channels_last(x) if grn.channel_dim == 1 else x.dim() == 4 and x.is_contiguous()
-    return lies_well and x.numel() >= 4096
+    if x.numel() < 4096:
+        return False
+    return channels_last(x) if grn.channel_dim == 1 else x.dim() == 4 and x.is_contiguous()
 
 
 def _map(channels: int) -> tuple[tuple, dict]:

@@ -98,7 +98,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     check_floating("x", x)
     check_floating("y", y)
     check_device("y", y, x)
-    gate = parameter("gate", gate, x)
+    if not isinstance(gate, Tensor) or gate.dtype is not x.dtype or gate.device != x.device:
+        gate = parameter("gate", gate, x)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(x, y, gate)
     return library.gated_residual_fwd(x, y, gate)
@@ -111,7 +112,7 @@ def _(x, y, gate):
 
 @torch.library.register_fake("convdit::gated_residual_bwd")
 def _(grad, y, gate):
-    return y.new_empty(y.shape), gate.new_empty(gate.shape)
+    return y.new_empty(y.shape), gate.new_empty(gate.shape, dtype=accumulate_dtype(y.dtype))
 
 
 register_vmap("gated_residual_fwd", folded=(0, 1, 2))
@@ -131,7 +132,9 @@ class _GatedResidual(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return grad, *library.gated_residual_bwd(grad, *ctx.saved_tensors)
+        y, gate = ctx.saved_tensors
+        grad_y, grad_gate = library.gated_residual_bwd(grad, y, gate)
+        return grad, grad_y, grad_gate if gate.dtype == grad_gate.dtype else grad_gate.to(gate.dtype)
 
 
 def gated_residual_layer_norm_modulate(

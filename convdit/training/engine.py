@@ -42,7 +42,7 @@ def start(options: LoopOptions):
     # What an earlier run in this process chose would else be kept, its precision in silence.
     accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(
-        cpu=options.cpu,
+        cpu=options.cpu or not torch.accelerator.is_available(),  # else torchrun's processes would each train alone
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.accumulate,
     )

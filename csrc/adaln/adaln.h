@@ -6,7 +6,7 @@
 //
 // Tensors of (B, T, D) are contiguous, in `dtype`; y and its gradient in `branch_dtype`, which is `dtype`, or bf16 or f16
 // beside a float32 x. gate, shift, scale and their gradients (B, D), mean and rstd (B, T) are contiguous and in
-// accum_t<dtype>. The caller owns every array. Any sizes, including 0; any alignment.
+// accum_t<dtype>; where `narrow_gate`, gate is in `dtype`. The caller owns every array. Any sizes, including 0; any alignment.
 #pragma once
 #include <cstdint>
 
@@ -23,6 +23,7 @@ struct Adaln {
   int64_t batch, tokens, width;
   double eps;
   DType dtype, branch_dtype;
+  bool narrow_gate;
   // Inputs of the forward. Without `y`, residual is x itself and is not written.
   const void *x, *y, *gate, *shift, *scale;
   // Outputs of the forward; inputs of the backward (residual = x where there is no branch).
@@ -32,6 +33,7 @@ struct Adaln {
 struct AdalnBackward {
   int64_t batch, tokens, width;
   DType dtype, branch_dtype;
+  bool narrow_gate;
   const void* grad_residual;  // gradient of residual, or null where y is
   const void* grad_out;       // gradient of out, or null: only the gated residual is differentiated
   const void *residual, *y, *gate, *scale, *mean, *rstd;

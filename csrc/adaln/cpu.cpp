@@ -41,6 +41,15 @@ CONVDIT_INLINE T* advance(T* p, int64_t n) {
   return p ? p + n : nullptr;
 }
 
+// The gate comes as A, or as T where it is `narrow`: converting it beforehand takes as long as a short call.
+template <bool Full, class T>
+CONVDIT_INLINE Vec<accum_t<T>> load_gate(const void* gate, bool narrow, int64_t at, int64_t n) {
+  if constexpr (sizeof(T) == 2) {
+    if (narrow) return load_lanes<Full>(static_cast<const T*>(gate) + at, n);
+  }
+  return load_lanes<Full>(static_cast<const accum_t<T>*>(gate) + at, n);
+}
+
 // Sums of R rows' values and of their squares.
 template <int R, class A>
 struct Moments {
@@ -84,13 +93,13 @@ void forward_rows(const Adaln& p, int64_t row) {
     const bool keep = Stream && p.out != nullptr;
     T* sum_rows = static_cast<T*>(p.residual) + row * width;
     const Y* y = static_cast<const Y*>(p.y) + row * width;
-    const A* gate = static_cast<const A*>(p.gate) + parameters;
     for (int r = 0; r < R; ++r) {  // row after row: memory is quickest in one piece
       const int64_t at = r * width;
       for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
         constexpr bool kFull = decltype(full)::value;
         const Vec<A> v =
-            as_stored<T>(load_lanes<kFull>(residual + at + i, n) + load_lanes<kFull>(gate + i, n) * load_lanes<kFull>(y + at + i, n));
+            as_stored<T>(load_lanes<kFull>(residual + at + i, n) +
+                         load_gate<kFull, T>(p.gate, p.narrow_gate, parameters + i, n) * load_lanes<kFull>(y + at + i, n));
         write_lanes<Stream, kFull>(sum_rows + at + i, v, n);
         if (keep) store_lanes<kFull>(scratch + at + i, v, n);
         moments.add(r, v);
@@ -130,7 +139,7 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
   constexpr int kNear = Stream ? 2 : 3;  // prefetch into the second-level cache: what comes from memory is long in coming
   const int64_t width = p.width, first = row * width, parameters = row / p.tokens * width;
   A *gate_sum = sums, *shift_sum = sums + width, *scale_sum = sums + 2 * width;
-  const A *gate = advance(static_cast<const A*>(p.gate), parameters), *scale = advance(static_cast<const A*>(p.scale), parameters);
+  const A* scale = advance(static_cast<const A*>(p.scale), parameters);
   const T* grad_residual = advance(static_cast<const T*>(p.grad_residual), first);
   const T* grad_out = advance(static_cast<const T*>(p.grad_out), first);
   const T* residual = advance(static_cast<const T*>(p.residual), first);
@@ -164,7 +173,7 @@ void backward_rows(const AdalnBackward& p, int64_t row, accum_t<T>* sums) {
       factor = 1 + load_lanes<kFull>(scale + i, n);
       shifts = load_lanes<kFull>(shift_sum + i, n), scales = load_lanes<kFull>(scale_sum + i, n);
     }
-    if constexpr (Gated) weight = load_lanes<kFull>(gate + i, n), gates = load_lanes<kFull>(gate_sum + i, n);
+    if constexpr (Gated) weight = load_gate<kFull, T>(p.gate, p.narrow_gate, parameters + i, n), gates = load_lanes<kFull>(gate_sum + i, n);
     for (int r = 0; r < R; ++r) {
       const int64_t at = r * width + i;
       Vec<A> grad = {};

@@ -20,6 +20,20 @@ DType check_branch(const Tensor& x, const Tensor& y) {
   return y_type;
 }
 
+// The gate of x + gate * y, in the accumulate dtype or in x's.
+Tensor check_gate(const Tensor& gate, const Tensor& x, bool& narrow) {
+  narrow = gate.scalar_type() == x.scalar_type() && x.element_size() == 2;
+  if (!narrow) return check_parameter("gate", gate, {x.size(0), x.size(2)}, x);
+  check_same_device("gate", gate, "x", x);
+  check_shape("gate", gate, {x.size(0), x.size(2)});
+#ifdef CONVDIT_DEVICE_CUDA
+  narrow = false;  // no kernel of ours takes it
+  return torch::stable::to(dense(gate), accumulate_dtype(x));
+#else
+  return dense(gate);
+#endif
+}
+
 Adaln params(const Tensor& x) {
   Adaln p{};
   p.batch = x.size(0), p.tokens = x.size(1), p.width = x.size(2);
@@ -57,10 +71,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_fwd(const Tensor& x_in, c
 Tensor gated_residual_fwd(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in) {
   check_x(x_in);
   const DType branch = check_branch(x_in, y_in);
-  const Tensor gate = check_parameter("gate", gate_in, {x_in.size(0), x_in.size(2)}, x_in);
+  bool narrow = false;
+  const Tensor gate = check_gate(gate_in, x_in, narrow);
   const Tensor x = dense(x_in), y = dense(y_in), residual = allocate_like(x);
   Adaln p = params(x);
-  p.branch_dtype = branch;
+  p.branch_dtype = branch, p.narrow_gate = narrow;
   p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr(), p.residual = residual.mutable_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(adaln, forward, x, p);
   return residual;
@@ -120,10 +135,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(const Tensor& grad_in
 std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad_in, const Tensor& y_in, const Tensor& gate_in) {
   check_x(grad_in);
   const DType branch = check_branch(grad_in, y_in);
-  const Tensor grad = dense(grad_in), y = dense(y_in), gate = dense(gate_in), work = workspace(grad);
+  bool narrow = false;
+  const Tensor gate = check_gate(gate_in, grad_in, narrow);
+  const Tensor grad = dense(grad_in), y = dense(y_in), work = workspace(grad);
   const Tensor grad_gate = parameter_gradient(grad), grad_y = allocate_like(y);
   AdalnBackward p = backward_params(grad);
-  p.branch_dtype = branch;
+  p.branch_dtype = branch, p.narrow_gate = narrow;
   p.grad_residual = grad.const_data_ptr(), p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr();
   p.grad_y = grad_y.mutable_data_ptr(), p.grad_gate = grad_gate.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
   if (grad.numel() > 0) CONVDIT_RUN(adaln, backward, grad, p);

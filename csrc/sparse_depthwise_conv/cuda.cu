@@ -1,73 +1,39 @@
 // CUDA kernels of the sparse depthwise convolution; see sparse_depthwise_conv.h for the formulas.
 //
 // K = 7 in float32 and the halves, blocks of 8, 4, 2 or 1 sites a side: a thread block takes a window of consecutive blocks, which
-// are consecutive rows, for 32 channels. It copies them to shared memory; since blocks come in the order of the map, most
-// neighbours lie in the window too, and the others are read from global memory. A warp has one channel a lane and a strip of a
-// block, so a neighbouring block that is absent is skipped by the whole warp. Its row of the table is read once, into registers.
-// Everything else (other K and blocks, float64, channels that do not fill vectors) takes a thread an output.
+// are consecutive rows, for some channels. It copies them to shared memory; since blocks come in the order of the map, most neighbours
+// lie in the window too, and the others are read from global memory. Blocks of 2 and 1: small_blocks.cuh. Of 8 and 4: a warp has one
+// channel a lane and a strip of a block, so a neighbouring block that is absent is skipped by the whole warp. Its row of the table is
+// read once, into registers. Everything else (other K and blocks, float64, channels that do not fill vectors) takes a thread an output.
 #include "sparse_depthwise_conv/sparse_depthwise_conv.h"
 
-#include "common/depthwise.cuh"
+#include "sparse_depthwise_conv/small_blocks.cuh"
 
 namespace convdit::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kWindow = 128;  // sites
 
-// Blocks of B x B sites under a 7x7 kernel.
+// One block's row of the table, spread over the lanes of a warp.
 template <int B>
-struct Blocks {
-  static constexpr int kSites = B * B, kCount = kWindow / kSites;           // of a block; blocks of a window
-  static constexpr int kReach = (kRadius + B - 1) / B, kSide = 2 * kReach + 1;  // of the table
-  static constexpr int kRows = B > 1 ? 2 : 1, kStrips = B / kRows;          // output rows of a strip; strips of a block
-};
-
-struct Window {
-  int first, count;  // blocks
-  int64_t c0;        // first channel
-};
-template <int B>
-__device__ __forceinline__ Window window_at(int64_t index, int64_t group, int64_t blocks) {
-  const int64_t first = index * Blocks<B>::kCount, left = blocks - first;
-  return {static_cast<int>(first), static_cast<int>(left < Blocks<B>::kCount ? left : Blocks<B>::kCount), group * kChannels};
-}
-
-// Copies a window's rows of x, (sites, C), to (sites, kChannels) in shared memory, 16 bytes at a time.
-template <class T, int B, int Threads>
-__device__ __forceinline__ void stage_window(const T* x, const Window& w, int64_t channels, T* shared) {
-  constexpr int vector = kVector<T>, vectors = kChannels / vector;
-  const T* from = x + int64_t{w.first} * Blocks<B>::kSites * channels + w.c0;
-  for (int i = threadIdx.x; i < w.count * Blocks<B>::kSites * vectors; i += Threads) {
-    const int site = i / vectors, c = i % vectors * vector;
-    if (w.c0 + c < channels) copy_async<16>(shared + site * kChannels + c, from + site * channels + c, true);
-  }
-}
-
-// `Rows` rows from row `first` on of one block's table, spread over the lanes of a warp.
-template <int B, int Rows>
 struct Table {
-  int first;
-  int32_t low, high;
-  __device__ __forceinline__ Table(const int32_t* neighbors, int64_t block, int first) : first(first) {
-    constexpr int side = Blocks<B>::kSide;
-    const int lane = threadIdx.x % kWarp, rows = Rows < side - first ? Rows : side - first;
-    const int32_t* from = neighbors + (block * side + first) * side;
-    low = lane < rows * side ? from[lane] : -1;
-    high = lane + kWarp < rows * side ? from[lane + kWarp] : -1;
+  static constexpr int kSide = Blocks<B>::kSide, kEntries = kSide * kSide;
+  static_assert(kEntries <= kWarp);
+  int32_t entry;
+  __device__ __forceinline__ Table(const int32_t* neighbors, int64_t block) {
+    const int lane = threadIdx.x % kWarp;
+    entry = lane < kEntries ? neighbors[block * kEntries + lane] : -1;
   }
   __device__ __forceinline__ int32_t at(int row, int column) const {  // the same place in all lanes
-    const int i = (row - first) * Blocks<B>::kSide + column;
-    if constexpr (Rows * Blocks<B>::kSide <= kWarp) return __shfl_sync(0xffffffffu, low, i);
-    return __shfl_sync(0xffffffffu, i < kWarp ? low : high, i % kWarp);
+    return __shfl_sync(0xffffffffu, entry, row * kSide + column);
   }
 };
 
 // Calls f(column, value) for x in row y of a block's surroundings, from column -3 to B + 2, absent blocks left out. y and the
 // columns count from the block's first site; `c` is this lane's channel in the window.
-template <int B, int Rows, class T, class F>
-__device__ __forceinline__ void for_row(const T* x, const T* shared, const Window& w, int64_t channels, const Table<B, Rows>& table, int y,
-                                        int c, const F& f) {
+template <int B, class T, class F>
+__device__ __forceinline__ void for_row(const T* x, const T* shared, const Window& w, int64_t channels, const Table<B>& table, int y, int c,
+                                        const F& f) {
   using S = Blocks<B>;
   const int down = (y + S::kReach * B) / B, inner = (y + S::kReach * B) % B;  // row of the table, row in the block
 #pragma unroll
@@ -96,10 +62,11 @@ __device__ __forceinline__ void for_row(const T* x, const T* shared, const Windo
   }
 }
 
-// ---- forward and input gradient, K = 7 -----------------------------------------------------------------------------------
+// ---- forward and input gradient, K = 7, blocks of 8 and 4 ----------------------------------------------------------------
 template <class T, int B>
 __global__ void __launch_bounds__(kThreads, 3) forward_windows(SparseDepthwise p, int64_t groups) {
   using S = Blocks<B>;
+  constexpr int rows = 2, strips = B / rows;  // output rows of a strip; strips of a block
   __shared__ __align__(16) T shared[kWindow * kChannels];
   __shared__ float weights[kTapCount * kWeightRow];
   const T* x = static_cast<const T*>(p.x);
@@ -107,52 +74,50 @@ __global__ void __launch_bounds__(kThreads, 3) forward_windows(SparseDepthwise p
   const int lane = threadIdx.x % kWarp;
   const int64_t windows = (p.blocks + S::kCount - 1) / S::kCount;
   for (int64_t task = blockIdx.x; task < windows * groups; task += gridDim.x) {
-    const Window w = window_at<B>(task / groups, task % groups, p.blocks);
+    const Window w = window_at<B>(task / groups, task % groups * kChannels, p.blocks);
     const bool exists = lane < p.channels - w.c0;
     const int c = exists ? lane : 0;
     __syncthreads();  // the window before may still be read
     stage_weights<kThreads>(static_cast<const float*>(p.weight), w.c0, p.channels, p.flip, weights);
-    stage_window<T, B, kThreads>(x, w, p.channels, shared);
+    stage_window<T, B, kThreads, kChannels>(x, w, p.channels, shared);
     finish_copies();
-    for (int strip = threadIdx.x / kWarp; strip < w.count * S::kStrips; strip += kWarps) {
-      const int64_t block = int64_t{w.first} + strip / S::kStrips;
-      const int row = strip % S::kStrips * S::kRows;
-      const Table<B, S::kSide> table(p.neighbors, block, 0);
-      float sum[S::kRows][B][1];
+    for (int strip = threadIdx.x / kWarp; strip < w.count * strips; strip += kWarps) {
+      const int64_t block = int64_t{w.first} + strip / strips;
+      const int row = strip % strips * rows;
+      const Table<B> table(p.neighbors, block);
+      float sum[rows][B][1];
 #pragma unroll
-      for (int i = 0; i < S::kRows; ++i)
+      for (int i = 0; i < rows; ++i)
 #pragma unroll
         for (int j = 0; j < B; ++j) sum[i][j][0] = bias ? bias[w.c0 + c] : 0.f;
-      float taps[S::kRows][kTaps][1];  // output row i takes kernel row `kernel_row` - i: what row i - 1 took one input row ago
+      float taps[rows][kTaps][1];  // output row i takes kernel row `kernel_row` - i: what row i - 1 took one input row ago
       const auto add_row = [&](int kernel_row, auto first, auto last) {
-        if constexpr (S::kRows == 2) {
 #pragma unroll
-          for (int k = 0; k < kTaps; ++k) taps[1][k][0] = taps[0][k][0];
-        }
+        for (int k = 0; k < kTaps; ++k) taps[1][k][0] = taps[0][k][0];
         if constexpr (decltype(first)::value) {
 #pragma unroll
           for (int k = 0; k < kTaps; ++k) taps[0][k][0] = weights[(kernel_row * kTaps + k) * kWeightRow + c];
         }
         for_row<B>(x, shared, w, p.channels, table, row + kernel_row - kRadius, c, [&](int column, const float (&v)[1]) {
           if constexpr (decltype(first)::value) add_taps(column, v, taps[0], sum[0]);
-          if constexpr (decltype(last)::value && S::kRows == 2) add_taps(column, v, taps[S::kRows - 1], sum[S::kRows - 1]);
+          if constexpr (decltype(last)::value) add_taps(column, v, taps[1], sum[1]);
         });
       };
       add_row(0, std::true_type{}, std::false_type{});
 #pragma unroll 1
       for (int kernel_row = 1; kernel_row < kTaps; ++kernel_row) add_row(kernel_row, std::true_type{}, std::true_type{});
-      if constexpr (S::kRows == 2) add_row(kTaps, std::false_type{}, std::true_type{});
+      add_row(kTaps, std::false_type{}, std::true_type{});
       if (!exists) continue;
       T* y = static_cast<T*>(p.y) + (block * S::kSites + row * B) * p.channels + w.c0 + c;
 #pragma unroll
-      for (int i = 0; i < S::kRows; ++i)
+      for (int i = 0; i < rows; ++i)
 #pragma unroll
         for (int j = 0; j < B; ++j) y[(i * B + j) * p.channels] = narrow<T>(sum[i][j][0]);
     }
   }
 }
 
-// ---- weight gradient, K = 7: a warp a row of the kernel ------------------------------------------------------------------
+// ---- weight gradient, K = 7, blocks of 8 and 4: a warp a row of the kernel -----------------------------------------------
 // Sums lie as (parts, 50, padded C); a part is a run of windows.
 template <class T, int B>
 __global__ void __launch_bounds__(kWarp* kTaps, 3) weight_windows(SparseDepthwiseWeightGrad p, int64_t groups, int64_t parts) {
@@ -167,14 +132,13 @@ __global__ void __launch_bounds__(kWarp* kTaps, 3) weight_windows(SparseDepthwis
     const int c = exists ? lane : 0;
     float sum[kTaps] = {}, bias = 0;
     for (int64_t index = windows * part / parts; index < windows * (part + 1) / parts; ++index) {
-      const Window w = window_at<B>(index, task % groups, p.blocks);
+      const Window w = window_at<B>(index, c0, p.blocks);
       __syncthreads();  // the window before may still be read
-      stage_window<T, B, threads>(static_cast<const T*>(p.x), w, p.channels, x_shared);
-      stage_window<T, B, threads>(static_cast<const T*>(p.grad), w, p.channels, grad_shared);
+      stage_window<T, B, threads, kChannels>(static_cast<const T*>(p.x), w, p.channels, x_shared);
+      stage_window<T, B, threads, kChannels>(static_cast<const T*>(p.grad), w, p.channels, grad_shared);
       finish_copies();
       for (int block = 0; block < w.count; ++block) {
-        // Rows kernel_row - 3 to kernel_row - 4 + B around the block lie in two rows of the table at most, or in one.
-        const Table<B, B == 1 ? 1 : 2> table(p.neighbors, w.first + block, (kernel_row - kRadius + S::kReach * B) / B);
+        const Table<B> table(p.neighbors, w.first + block);
 #pragma unroll 1
         for (int y = 0; y < B; ++y) {
           float grad[B];
@@ -277,10 +241,11 @@ int with_block(const P& p, bool aligned, const F& f) {
 template <class T>
 int forward(const SparseDepthwise& p, cudaStream_t stream) {
   using A = accum_t<T>;
-  const int fast = with_block<T>(p, aligned(16, p.x), [&](auto block) {
+  const int fast = with_block<T>(p, aligned(16, p.x, p.y), [&](auto block) {
     constexpr int B = decltype(block)::value;
-    const int64_t groups = ceil_div(p.channels, kChannels), windows = ceil_div(p.blocks, Blocks<B>::kCount);
-    forward_windows<T, B><<<grid(windows * groups), kThreads, 0, stream>>>(p, groups);
+    const int64_t windows = ceil_div(p.blocks, Blocks<B>::kCount), groups = ceil_div(p.channels, B > 2 ? kChannels : kPairedChannels);
+    if constexpr (B > 2) forward_windows<T, B><<<grid(windows * groups), kThreads, 0, stream>>>(p, groups);
+    else forward_pairs<T, B><<<grid(windows * groups), kPairedThreads, 0, stream>>>(p, groups);
     return launch_status();
   });
   if (fast >= 0) return fast;
@@ -294,10 +259,13 @@ int forward(const SparseDepthwise& p, cudaStream_t stream) {
 template <class T>
 int weight_grad(const SparseDepthwiseWeightGrad& p, cudaStream_t stream) {
   using A = accum_t<T>;
-  const int64_t taps = p.kernel * p.kernel, parts = sparse_depthwise_parts(p.blocks, p.block, p.channels);
+  const int64_t taps = p.kernel * p.kernel, most = sparse_depthwise_parts(p.blocks, p.block, p.channels);
+  const int64_t parts = p.block > 2 ? most : grid(most);  // where tests limit grids, a part is several windows, as on large inputs
   const int fast = with_block<T>(p, aligned(16, p.x, p.grad), [&](auto block) {
-    const int64_t groups = ceil_div(p.channels, kChannels);
-    weight_windows<T, decltype(block)::value><<<grid(parts * groups), kWarp * kTaps, 0, stream>>>(p, groups, parts);
+    constexpr int B = decltype(block)::value;
+    const int64_t groups = ceil_div(p.channels, B > 2 ? kChannels : kPairedChannels);
+    if constexpr (B > 2) weight_windows<T, B><<<grid(parts * groups), kWarp * kTaps, 0, stream>>>(p, groups, parts);
+    else weight_pairs<T, B><<<grid(parts * groups), kPairedThreads, 0, stream>>>(p, groups, parts);
     return launch_status();
   });
   if (fast > 0) return fast;

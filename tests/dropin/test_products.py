@@ -1,6 +1,8 @@
 """The Linears of accelerated transformers: packed weights follow the weights."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from torch import nn
 
 import convdit
 from convdit.dropin import products
+
+from . import families
+from .running import Operators
 
 packed_linear = torch.ops.convdit.packed_linear
 
@@ -125,3 +130,74 @@ def test_registration(layer):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
         call(layer, tokens())
     assert flops.get_total_flops() == 2 * 2 * 8 * 24 * 40
+
+
+# ---- models ----------------------------------------------------------------------------------------
+
+
+def copies(model):
+    return [products._packed[p].blocks for p in model.parameters() if p in products._packed]
+
+
+def unseen(model):
+    """Changes a value of each matrix behind PyTorch's back: neither version nor memory nor the sample shows it."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.shape[1] > 2:
+            parameter.data[0, 1] += 3.0
+
+
+def inference(name, model):
+    with torch.no_grad():
+        return families.call(name, model)[0]
+
+
+@pytest.mark.parametrize("name", families.DITS)
+def test_by_default_no_change_of_the_weights_goes_unseen_and_packed_it_takes_accelerate_again(name):
+    plain = families.make(name).eval()
+    fast = copy.deepcopy(plain)
+    convdit.accelerate(fast)
+    packed = copy.deepcopy(fast)
+    convdit.accelerate(packed, pack_weights=True)
+    for model in (fast, packed):
+        for _ in range(2):
+            before = inference(name, model)
+    for model in (plain, fast, packed):
+        unseen(model)
+    right = inference(name, plain)
+    assert not torch.allclose(before, right, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(inference(name, fast), right, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(inference(name, packed), right, rtol=1e-3, atol=1e-3)  # as its docstring warns
+    convdit.accelerate(packed, pack_weights=True)
+    for _ in range(2):
+        torch.testing.assert_close(inference(name, packed), right, rtol=1e-4, atol=1e-4)
+    assert copies(packed)
+    convdit.accelerate(packed)
+    assert not copies(packed)
+    torch.testing.assert_close(inference(name, packed), right, rtol=1e-4, atol=1e-4)
+    assert not copies(packed)
+
+
+@pytest.mark.parametrize("name", families.DITS)
+def test_packed_models_train_on_the_weights_themselves_and_follow_the_optimiser(name):
+    plain = families.make(name).eval()
+    fast = copy.deepcopy(plain)
+    convdit.accelerate(fast)
+    assert "weights packed" not in str(convdit.accelerate(copy.deepcopy(plain)))
+    convdit.restore(fast)
+    assert "weights packed" in str(convdit.accelerate(fast, pack_weights=True))
+    fast = pickle.loads(pickle.dumps(fast))  # it stays so
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, fast)]
+    for _ in range(2):
+        for _ in range(2):
+            torch.testing.assert_close(inference(name, fast), inference(name, plain), rtol=1e-4, atol=1e-4)
+        kept = copies(fast)
+        assert kept and all(blocks is not None for blocks in kept)
+        for model, optimizer in zip((plain, fast), optimizers, strict=True):
+            optimizer.zero_grad()
+            with Operators() as operators:
+                families.call(name, model)[0].square().mean().backward()
+            assert not operators.names & {"packed_linear", "gelu_tanh_"}
+            optimizer.step()
+    grads = [[p.grad for p in m.parameters()] for m in (plain, fast)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

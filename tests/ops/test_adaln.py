@@ -199,3 +199,22 @@ def test_results_streamed_past_the_cache():
 
 def test_every_cpu_level():
     harness.assert_every_cpu_level(__file__, "equals_reference or error_rule")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gate_in_halves_is_what_it_is_in_float(dtype):
+    """The kernels take it as it is, with gaps or without; its gradient has its dtype."""
+    x, y = (torch.randn(2, 37, 41).to(dtype).requires_grad_() for _ in range(2))
+    rows = torch.randn(2, 3, 41).to(dtype)
+    grad = torch.randn(2, 37, 41).to(dtype)
+    for gate in (rows[:, 1], rows[:, 1].contiguous()):
+        narrow, wide = gate.detach().requires_grad_(), gate.float().requires_grad_()
+        results = [ops.gated_residual(x, y, g) for g in (narrow, wide)]
+        assert torch.equal(*results)
+        (grad_y, grad_gate), (wide_y, wide_gate) = (
+            torch.autograd.grad(r, (y, g), grad) for r, g in zip(results, (narrow, wide), strict=True)
+        )
+        assert torch.equal(grad_y, wide_y) and grad_gate.dtype == dtype
+        assert torch.equal(grad_gate, wide_gate.to(dtype))
+        with torch.no_grad():
+            assert torch.equal(ops.gated_residual(x, y, gate), results[0])

@@ -97,6 +97,13 @@ def made(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
+def copy_whole(file: Path, folder: Path) -> None:
+    """Copy a library into a folder. Written in place it would crash a process that has the one before it loaded."""
+    partial = folder / f"{file.name}.{os.getpid()}.partial"
+    shutil.copy2(file, partial)
+    partial.replace(folder / file.name)
+
+
 def source_text(path: Path, include: Path, seen: set[Path] | None = None) -> str:
     """The file and every header of ours that it includes."""
     seen = set() if seen is None else seen
@@ -251,5 +258,5 @@ def operators(
     if not information:
         raise BuildError("convdit is not built. Cure: make test, or python setup.py build_ext --inplace")
     for file in information:
-        shutil.copy2(file, library.parent / file.name)
+        copy_whole(file, library.parent)
     return library.parent

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = (
-    "--data digits --depths 1 1 --dims 8 16 --stem-stride 2 --batch-size 16 --steps 4 --augment none --cpu".split()
-)
+OPTIONS = "--data digits --depths 1 1 --dims 8 16 --stem-stride 2 --batch-size 16 --steps 4 --augment none".split()
+if torch.accelerator.is_available():  # of which there may be one; where there is none, --cpu need not be said
+    OPTIONS.append("--cpu")
 
 
 def finetune(out: Path, launcher: list[str]) -> dict[str, torch.Tensor]:
