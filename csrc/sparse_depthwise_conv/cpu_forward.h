@@ -119,26 +119,22 @@ inline void block4(const Forward<float>& f, int64_t block, int64_t vector, Ahead
 // ---- blocks of 8 and 4 ----------------------------------------------------------------------------------------------
 template <int B>
 void forward_blocks(const Forward<float>& f, const Runner& run) {
-  constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8, kVectorsAtOnce = 12;
+  constexpr int64_t kBlocksPerTask = B == 8 ? 4 : 8;
   const int64_t blocks = f.p.blocks, vectors = vectors_of<float>(f.p.channels), size = B * B * f.p.channels;
   run(ceil_div(blocks, kBlocksPerTask), [&](int64_t task) {
     const int64_t first = task * kBlocksPerTask, end = smaller(first + kBlocksPerTask, blocks);
-    // Few vectors at once, so that their weights stay in the first-level cache; block by block, as memory has them and as
-    // the same branches are taken for each vector.
-    for (int64_t begin = 0; begin < vectors; begin += kVectorsAtOnce) {
-      int64_t read = read_until(f.p.neighbors, first);
+    // What this thread's next task will need, as far as one can tell.
+    const int64_t ahead = smaller(first + run.threads * kBlocksPerTask, blocks), ahead_end = smaller(ahead + kBlocksPerTask, blocks);
+    const int64_t read = read_until(f.p.neighbors, ahead - 1), until = larger(read, read_until(f.p.neighbors, ahead_end - 1));
+    const int64_t steps = vectors * (end - first) * (B == 8 ? kSteps8 : 1);
+    Ahead<false> next_x(f.x + read * size, (until - read) * size, steps);
+    Ahead<true> next_y(f.y + ahead * size, (ahead_end - ahead) * size, steps);
+    // A vector of channels for all blocks, then the next: what neighbours share of x, and the weights, stay in the first-level cache.
+    for (int64_t vector = 0; vector < vectors; ++vector)
       for (int64_t block = first; block < end; ++block) {
-        const int64_t next = smaller(block + 1, blocks - 1), until = larger(read, read_until(f.p.neighbors, next));
-        const int64_t last = smaller(begin + kVectorsAtOnce, vectors), steps = (last - begin) * (B == 8 ? kSteps8 : 1);
-        Ahead<false> next_x(f.x + read * size, (until - read) * size, steps);
-        Ahead<true> next_y(f.y + next * size, size, steps);
-        read = until;
-        for (int64_t vector = begin; vector < last; ++vector) {
-          if constexpr (B == 8) block8(f, block, vector, next_x, next_y);
-          else block4(f, block, vector, next_x, next_y);
-        }
+        if constexpr (B == 8) block8(f, block, vector, next_x, next_y);
+        else block4(f, block, vector, next_x, next_y);
       }
-    }
   });
 }
 
