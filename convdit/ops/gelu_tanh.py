@@ -24,7 +24,7 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) ->
             compiler or transform sees the call.
 
     Returns:
-        x's shape and dtype; contiguous on a CPU.
+        (..., D), x's dtype; contiguous on a CPU.
 
     Raises:
         TypeError, RuntimeError: a dtype, shape or device that does not fit, naming the argument.
@@ -61,14 +61,15 @@ def _(grad, x, bias):
 
 def _vmap_rule(operator):
     def rule(info, in_dims, *given):
-        size = info.batch_size
+        size, (*tensors, bias) = info.batch_size, given
         rows = [
-            t if t is None else t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
-            for t, axis in zip(given, in_dims, strict=True)
+            t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
+            for t, axis in zip(tensors, in_dims[:-1], strict=True)
         ]
-        if in_dims[-1] is None:  # one bias for all
-            return operator(*rows[:-1], given[-1]), 0
-        return torch.stack([operator(*(t[k] for t in rows)) for k in range(size)]), 0
+        if in_dims[-1] is None:  # one bias for all, or none
+            return operator(*rows, bias), 0
+        biases = bias.movedim(in_dims[-1], 0)
+        return torch.stack([operator(*(t[k] for t in rows), biases[k]) for k in range(size)]), 0
 
     return rule
 
