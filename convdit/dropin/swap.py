@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from convdit._hooks import hooked
+
 Foreign: TypeAlias = Any  # a module of another library: nn.Module declares none of the attributes that ours go by
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the operators' float64 is for checks, and not fast
 
@@ -137,7 +139,7 @@ def touched(module: nn.Module, *inner: str) -> str | None:
         part: Foreign = module
         for name in path.split("."):
             part = part._modules[name]
-        if _hooked(part):
+        if hooked(part):
             return f"a hook on {path} would not be called"
         if "forward" in part.__dict__:
             return f"{path} has a forward of its own"
@@ -146,14 +148,9 @@ def touched(module: nn.Module, *inner: str) -> str | None:
 
 def watched(module: Foreign) -> bool:
     """Whether a hook, or a forward of its own, is on a module or inside it; quick, since each call asks."""
-    if _hooked(module) or "forward" in module.__dict__:
+    if hooked(module) or "forward" in module.__dict__:
         return True
     return any(watched(part) for part in module._modules.values() if part is not None)
-
-
-def _hooked(module: Foreign) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
 
 
 def own_class(module: nn.Module) -> type:

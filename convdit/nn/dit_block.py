@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from convdit import ops
 from convdit._checks import check_tensor, check_whole
+from convdit._hooks import hooked
 
 EPS = 1e-6
 
@@ -99,8 +100,8 @@ class Mlp(nn.Module):
 
 def _plain(layer: nn.Module) -> bool:
     """Whether nobody sees or changes what a Linear returns: by a hook, a subclass or a forward of its own."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and "forward" not in layer.__dict__ and not _has_any_global_hook()
+    own = hooked(layer) or "forward" in layer.__dict__
+    return type(layer) is nn.Linear and not own and not _has_any_global_hook()
 
 
 class DiTBlock(nn.Module):
