@@ -21,6 +21,8 @@ template <class T, class F>
 int dispatch_width(int64_t head_dim, const F& f) {
   if (head_dim <= 32) return f(Width<32>{});
   if (head_dim <= 64) return f(Width<64>{});
+  if constexpr (sizeof(T) == 4)
+    if (head_dim <= 72) return f(Width<72>{});
   if (head_dim <= 80) return f(Width<80>{});
   if (head_dim <= 96) return f(Width<96>{});
   return f(Width<kWidest>{});

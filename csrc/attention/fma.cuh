@@ -1,5 +1,5 @@
 // Attention of float32 by fused multiply-adds, on tiles in shared memory. A warp has rows of its own. Its lanes lie on them in four rows
-// of eight: a lane has every fourth row, and of those every eighth column, so that each value it reads serves several products.
+// of eight: a lane has every fourth row, and of a product's columns its share, so that each value it reads serves several products.
 // Rows' weights pass through shared memory from one product to the next, within the warp.
 #pragma once
 #include "attention/tile.cuh"
@@ -14,16 +14,19 @@ struct FmaPlan {
   static constexpr int kLaneRows = kWarpRows / kDown, kRows = kWarps * kWarpRows, kColumns = kTileColumns,
                        kLaneColumns = kColumns / kAcross;
   static constexpr int kOwn = kRows * kWidth, kTile = kColumns * kWidth;  // elements
-  // Of the weights. The four rows that lanes write at once lie on different banks.
-  static constexpr int kWeightsRow = kColumns + kAcross;
-  static constexpr int kBytes = (kOwnTiles * kOwn + 2 * kTile + kRows * kWeightsRow) * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = (kOwnTiles * kOwn + 2 * kTile + kRows * kColumns) * static_cast<int>(sizeof(float));
   static_assert(kWarpRows % 8 == 0 && kColumns % 8 == 0, "the chunks of a tile's rows are permuted in a period of 8 rows");
+  static_assert(kLaneColumns % kDown == 0, "each of four rows of weights has banks of its own");
   static_assert(kBytes <= 99 * 1024);
 };
 template <int kWidth>
-using FmaForward = FmaPlan<kWidth, 16, kWidth <= 96 ? 64 : 32, 1>;
+using FmaForward = FmaPlan<kWidth, kWidth <= 96 ? 32 : 16, kWidth <= 64 ? 64 : 32, 1>;
 template <int kWidth>
-using FmaBackward = FmaPlan<kWidth, kWidth <= 96 ? 16 : 8, kWidth <= 64 ? 64 : 32, 2>;
+using FmaBackward = FmaPlan<kWidth,
+                            kWidth <= 64   ? 32
+                            : kWidth <= 96 ? 16
+                                           : 8,
+                            (kWidth > 64 && kWidth <= 80) ? 64 : 32, 2>;
 
 // A thread's place: its first row of the block's, and its first column.
 template <class Plan>
@@ -41,7 +44,7 @@ __device__ __forceinline__ A sum_across(A x) {
 
 __device__ __forceinline__ float4 four(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
-// products[i][j] = the lane's i-th row of `own` times its j-th row of `tile`.
+// products[i][j] = the lane's i-th row of `own` times its j-th row of `tile`: it has every eighth.
 template <int kWidth, class Plan>
 __device__ __forceinline__ void multiply_rows(float (&products)[Plan::kLaneRows][Plan::kLaneColumns], const float* own, const float* tile) {
   using Layout = Tile<float, kWidth>;
@@ -50,7 +53,7 @@ __device__ __forceinline__ void multiply_rows(float (&products)[Plan::kLaneRows]
   for (int i = 0; i < Plan::kLaneRows; ++i)
 #pragma unroll
     for (int j = 0; j < Plan::kLaneColumns; ++j) products[i][j] = 0;
-#pragma unroll 1
+#pragma unroll 2
   for (int chunk = 0; chunk < kWidth / 4; ++chunk) {
     float4 b[Plan::kLaneColumns];
     const float* columns = tile + Layout::at(place.column, chunk);
@@ -69,49 +72,66 @@ __device__ __forceinline__ void multiply_rows(float (&products)[Plan::kLaneRows]
   }
 }
 
+// Weights in shared memory: a row permutes its groups of 8, so that the four rows that lanes write at once lie on different banks.
+template <class Plan>
+__device__ __forceinline__ int weights_at(int row, int group) {
+  return row * Plan::kColumns + (group ^ row % kDown) * kAcross;
+}
 // Puts a warp's weights where add_weighted_rows reads them.
 template <class Plan>
 __device__ __forceinline__ void share_weights(float* to, const float (&weights)[Plan::kLaneRows][Plan::kLaneColumns]) {
   const FmaPlace<Plan> place;
 #pragma unroll
-  for (int i = 0; i < Plan::kLaneRows; ++i)
+  for (int j = 0; j < Plan::kLaneColumns; ++j) {
+    float* const column = to + weights_at<Plan>(place.row, j) + place.column;
 #pragma unroll
-    for (int j = 0; j < Plan::kLaneColumns; ++j)
-      to[(place.row + i * kDown) * Plan::kWeightsRow + place.column + j * kAcross] = weights[i][j];
+    for (int i = 0; i < Plan::kLaneRows; ++i) column[i * kDown * Plan::kColumns] = weights[i][j];
+  }
   __syncwarp();
 }
 
-// A lane's results: pairs of columns.
+// A lane's share of the width: of each 32 columns four next to each other, and as much of what is left.
+template <int kWidth>
+struct LaneColumns {
+  static constexpr int kCount = kWidth / kAcross, kFours = kWidth / 32, kLeft = kCount - 4 * kFours;
+  static_assert(kLeft <= 2);
+  // Of row `row` of a tile that starts at `tile`.
+  static __device__ __forceinline__ void load(float (&x)[kCount], const float* tile, int row, int column) {
+    using Layout = Tile<float, kWidth>;
+#pragma unroll
+    for (int n = 0; n < kFours; ++n) {
+      const float4 y = four(tile + Layout::at(row, column + n * kAcross));
+      x[4 * n] = y.x, x[4 * n + 1] = y.y, x[4 * n + 2] = y.z, x[4 * n + 3] = y.w;
+    }
+    const float* const left = tile + Layout::at(row, kFours * kAcross + column * kLeft / 4) + column * kLeft % 4;
+    if constexpr (kLeft == 1) x[4 * kFours] = *left;
+    if constexpr (kLeft == 2) {
+      const float2 y = *reinterpret_cast<const float2*>(left);
+      x[4 * kFours] = y.x, x[4 * kFours + 1] = y.y;
+    }
+  }
+};
 template <int kWidth, class Plan>
-using FmaSums = float2[Plan::kLaneRows][kWidth / (2 * kAcross)];
+using FmaSums = float[Plan::kLaneRows][LaneColumns<kWidth>::kCount];
 
-// sums[i][j] += the lane's i-th row of weights times its j-th pair of columns of `tile`.
+// sums[i][j] += the lane's i-th row of weights times its j-th column of `tile`.
 template <int kWidth, class Plan>
 __device__ __forceinline__ void add_weighted_rows(FmaSums<kWidth, Plan>& sums, const float* weights, const float* tile) {
-  using Layout = Tile<float, kWidth>;
-  constexpr int pairs = kWidth / (2 * kAcross);
+  constexpr int columns = LaneColumns<kWidth>::kCount;
   const FmaPlace<Plan> place;
 #pragma unroll 1
   for (int row = 0; row < Plan::kColumns; row += 8) {
+    const float* const rows = weights + weights_at<Plan>(place.row, row / 8);
 #pragma unroll
-    for (int half = 0; half < 8; half += 4) {
-      float2 b[4][pairs];
+    for (int k = 0; k < 8; k += 2) {
+      float b[2][columns];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int j = 0; j < pairs; ++j)
-          b[k][j] = *reinterpret_cast<const float2*>(tile + row * kWidth + Layout::at(half + k, place.column / 2 + j * kAcross / 2) +
-                                                     place.column % 2 * 2);
+      for (int i = 0; i < 2; ++i) LaneColumns<kWidth>::load(b[i], tile + row * kWidth, k + i, place.column);
 #pragma unroll
       for (int i = 0; i < Plan::kLaneRows; ++i) {
-        const float4 w = four(weights + (place.row + i * kDown) * Plan::kWeightsRow + row + half);
+        const float2 w = *reinterpret_cast<const float2*>(rows + i * kDown * Plan::kColumns + k);
 #pragma unroll
-        for (int j = 0; j < pairs; ++j) {
-          sums[i][j].x += w.x * b[0][j].x, sums[i][j].y += w.x * b[0][j].y;
-          sums[i][j].x += w.y * b[1][j].x, sums[i][j].y += w.y * b[1][j].y;
-          sums[i][j].x += w.z * b[2][j].x, sums[i][j].y += w.z * b[2][j].y;
-          sums[i][j].x += w.w * b[3][j].x, sums[i][j].y += w.w * b[3][j].y;
-        }
+        for (int j = 0; j < columns; ++j) sums[i][j] += w.x * b[0][j], sums[i][j] += w.y * b[1][j];
       }
     }
   }
@@ -121,17 +141,28 @@ __device__ __forceinline__ void add_weighted_rows(FmaSums<kWidth, Plan>& sums, c
 template <int kWidth, class Plan>
 __device__ __forceinline__ void store_rows(const FmaSums<kWidth, Plan>& sums, const float (&factors)[Plan::kLaneRows], Rows<float> rows,
                                            int length, int width) {
+  using Columns = LaneColumns<kWidth>;
   const FmaPlace<Plan> place;
 #pragma unroll
-  for (int i = 0; i < Plan::kLaneRows; ++i)
+  for (int i = 0; i < Plan::kLaneRows; ++i) {
+    const int row = place.row + i * kDown;
+    if (row >= length) return;
+    float* const to = rows.from(row).first;
 #pragma unroll
-    for (int j = 0; j < kWidth / (2 * kAcross); ++j) {
-      const int row = place.row + i * kDown, column = 2 * (place.column + j * kAcross);
-      if (row < length && column < width)
-        *reinterpret_cast<float2*>(rows.from(row).first + column) = make_float2(sums[i][j].x * factors[i], sums[i][j].y * factors[i]);
+    for (int n = 0; n < Columns::kFours; ++n) {
+      const int column = 32 * n + 4 * place.column;
+      const float *x = sums[i] + 4 * n, f = factors[i];
+      if (column < width) *reinterpret_cast<float4*>(to + column) = make_float4(x[0] * f, x[1] * f, x[2] * f, x[3] * f);
     }
+#pragma unroll
+    for (int n = 0; n < Columns::kLeft; ++n) {
+      const int column = 32 * Columns::kFours + Columns::kLeft * place.column + n;
+      if (column < width) to[column] = sums[i][4 * Columns::kFours + n] * factors[i];
+    }
+  }
 }
 
+// Keys and values take turns on their way: values while weights are worked out, the next keys while values are summed.
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks blocks) {
   using Plan = FmaForward<kWidth>;
@@ -143,42 +174,58 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
   const float scale = static_cast<float>(p.scale);
   const int first = blocks.tile() * Plan::kRows;
   const Head<float> head = head_of<float>(p, blocks.head());
+  const auto load_columns = [&](float* tile, Rows<const float> rows, int begin) {
+    load_tile<Plan::kColumns, kWidth>(tile, rows.from(begin), head.tokens - begin, head.width);
+    commit_copies();
+  };
   load_tile<Plan::kRows, kWidth>(queries, head.q.from(first), head.tokens - first, head.width);
+  load_columns(keys, head.k, 0);
   FmaSums<kWidth, Plan> sums = {};
   float largest[lane_rows], total[lane_rows] = {};
 #pragma unroll
   for (int i = 0; i < lane_rows; ++i) largest[i] = -INFINITY;
+  const bool has_rows = first + place.warp_row < head.tokens;  // the same for the whole warp
   for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
-    const int left = head.tokens - begin;
-    load_tile<Plan::kColumns, kWidth>(keys, head.k.from(begin), left, head.width);
-    load_tile<Plan::kColumns, kWidth>(values, head.v.from(begin), left, head.width);
-    commit_copies();
     wait_copies<0>();
-    __syncthreads();
-    float scores[lane_rows][lane_columns];
-    multiply_rows<kWidth, Plan>(scores, queries, keys);
+    __syncthreads();  // the keys are there, and nobody reads the values before these any more
+    load_columns(values, head.v, begin);
+    if (has_rows) {
+      float scores[lane_rows][lane_columns];
+      multiply_rows<kWidth, Plan>(scores, queries, keys);
+      const int left = head.tokens - begin;
 #pragma unroll
-    for (int i = 0; i < lane_rows; ++i) {
-      float top = largest[i];
+      for (int i = 0; i < lane_rows; ++i)
 #pragma unroll
-      for (int j = 0; j < lane_columns; ++j) {
-        scores[i][j] = place.column + j * kAcross < left ? __fmul_rn(scores[i][j], scale) : -INFINITY;
-        top = fmaxf(top, scores[i][j]);
+        for (int j = 0; j < lane_columns; ++j) scores[i][j] = __fmul_rn(scores[i][j], scale);
+      if (left < Plan::kColumns) {  // keys beyond the end
+#pragma unroll
+        for (int j = 0; j < lane_columns; ++j)
+          if (place.column + j * kAcross >= left)
+#pragma unroll
+            for (int i = 0; i < lane_rows; ++i) scores[i][j] = -INFINITY;
       }
 #pragma unroll
-      for (int step = kAcross / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
-      // Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
-      const float from = top == -INFINITY ? 0.f : top, shrink = expf(largest[i] - from);
-      largest[i] = top;
-      total[i] *= shrink;
+      for (int i = 0; i < lane_rows; ++i) {
+        float top = largest[i];
 #pragma unroll
-      for (int j = 0; j < kWidth / (2 * kAcross); ++j) sums[i][j].x *= shrink, sums[i][j].y *= shrink;
+        for (int j = 0; j < lane_columns; ++j) top = fmaxf(top, scores[i][j]);
 #pragma unroll
-      for (int j = 0; j < lane_columns; ++j) scores[i][j] = expf(scores[i][j] - from), total[i] += scores[i][j];
+        for (int step = kAcross / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, step));
+        // Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
+        const float from = top == -INFINITY ? 0.f : top, shrink = expf(largest[i] - from);
+        largest[i] = top;
+        total[i] *= shrink;
+#pragma unroll
+        for (int j = 0; j < LaneColumns<kWidth>::kCount; ++j) sums[i][j] *= shrink;
+#pragma unroll
+        for (int j = 0; j < lane_columns; ++j) scores[i][j] = expf(scores[i][j] - from), total[i] += scores[i][j];
+      }
+      share_weights<Plan>(weights, scores);
     }
-    share_weights<Plan>(weights, scores);
-    add_weighted_rows<kWidth, Plan>(sums, weights, values);
-    __syncthreads();  // before the next copies
+    wait_copies<0>();
+    __syncthreads();  // the values are there, and nobody reads these keys any more
+    if (begin + Plan::kColumns < head.tokens) load_columns(keys, head.k, begin + Plan::kColumns);
+    if (has_rows) add_weighted_rows<kWidth, Plan>(sums, weights, values);
   }
 #pragma unroll
   for (int i = 0; i < lane_rows; ++i) {
@@ -205,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
   const Head<float>& head = back.forward;
   load_tile<Plan::kRows, kWidth>(queries, head.q.from(first), head.tokens - first, head.width);
   load_tile<Plan::kRows, kWidth>(grads_out, back.grad.from(first), head.tokens - first, head.width);
+  const bool has_rows = first + place.warp_row < head.tokens;  // the same for the whole warp
   FmaSums<kWidth, Plan> sums = {};
   float delta[lane_rows] = {}, log_sum_exp[lane_rows] = {}, factors[lane_rows];
 #pragma unroll
@@ -226,18 +274,25 @@ __global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBac
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    float scores[lane_rows][lane_columns], grads[lane_rows][lane_columns];
-    multiply_rows<kWidth, Plan>(scores, queries, keys);
-    multiply_rows<kWidth, Plan>(grads, grads_out, values);
+    if (has_rows) {
+      float scores[lane_rows][lane_columns], grads[lane_rows][lane_columns];
+      multiply_rows<kWidth, Plan>(scores, queries, keys);
+      multiply_rows<kWidth, Plan>(grads, grads_out, values);
 #pragma unroll
-    for (int i = 0; i < lane_rows; ++i)
+      for (int i = 0; i < lane_rows; ++i)
 #pragma unroll
-      for (int j = 0; j < lane_columns; ++j)
-        // Beyond the end a weight is 0: the score 0 of no key may be far above the row's own.
-        grads[i][j] =
-            place.column + j * kAcross < left ? expf(__fmul_rn(scores[i][j], scale) - log_sum_exp[i]) * (grads[i][j] - delta[i]) : 0.f;
-    share_weights<Plan>(weights, grads);
-    add_weighted_rows<kWidth, Plan>(sums, weights, keys);
+        for (int j = 0; j < lane_columns; ++j)
+          grads[i][j] = expf(__fmul_rn(scores[i][j], scale) - log_sum_exp[i]) * (grads[i][j] - delta[i]);
+      if (left < Plan::kColumns) {  // Beyond the end a weight is 0: the score 0 of no key may be far above the row's own.
+#pragma unroll
+        for (int j = 0; j < lane_columns; ++j)
+          if (place.column + j * kAcross >= left)
+#pragma unroll
+            for (int i = 0; i < lane_rows; ++i) grads[i][j] = 0;
+      }
+      share_weights<Plan>(weights, grads);
+      add_weighted_rows<kWidth, Plan>(sums, weights, keys);
+    }
     __syncthreads();  // before the next copies
   }
   store_rows<kWidth, Plan>(sums, factors, back.grad_q.from(first), head.tokens - first, head.width);
@@ -258,6 +313,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
   const Head<float>& head = back.forward;
   load_tile<Plan::kRows, kWidth>(keys, head.k.from(first), head.tokens - first, head.width);
   load_tile<Plan::kRows, kWidth>(values, head.v.from(first), head.tokens - first, head.width);
+  const bool has_rows = first + place.warp_row < head.tokens;  // the same for the whole warp
   FmaSums<kWidth, Plan> grad_k = {}, grad_v = {};
   float scales[lane_rows], ones[lane_rows];
 #pragma unroll
@@ -269,25 +325,27 @@ __global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackwa
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    float scores[lane_rows][lane_columns], grads[lane_rows][lane_columns];
-    multiply_rows<kWidth, Plan>(scores, keys, queries);
-    multiply_rows<kWidth, Plan>(grads, values, grads_out);
+    if (has_rows) {
+      float scores[lane_rows][lane_columns], grads[lane_rows][lane_columns];
+      multiply_rows<kWidth, Plan>(scores, keys, queries);
+      multiply_rows<kWidth, Plan>(grads, values, grads_out);
 #pragma unroll
-    for (int j = 0; j < lane_columns; ++j) {
-      // Queries beyond the end are zeros, and so are their gradients and statistics: their weights are 1, of nothing.
-      const int column = place.column + j * kAcross;
-      const float2 row = column < left ? reinterpret_cast<const float2*>(back.statistics)[begin + column] : float2{};
+      for (int j = 0; j < lane_columns; ++j) {
+        // Queries beyond the end are zeros, and so are their gradients and statistics: their weights are 1, of nothing.
+        const int column = place.column + j * kAcross;
+        const float2 row = column < left ? reinterpret_cast<const float2*>(back.statistics)[begin + column] : float2{};
 #pragma unroll
-      for (int i = 0; i < lane_rows; ++i) {
-        scores[i][j] = expf(__fmul_rn(scores[i][j], scale) - row.x);
-        grads[i][j] = scores[i][j] * (grads[i][j] - row.y);
+        for (int i = 0; i < lane_rows; ++i) {
+          scores[i][j] = expf(__fmul_rn(scores[i][j], scale) - row.x);
+          grads[i][j] = scores[i][j] * (grads[i][j] - row.y);
+        }
       }
+      share_weights<Plan>(weights, scores);
+      add_weighted_rows<kWidth, Plan>(grad_v, weights, grads_out);
+      __syncwarp();  // before the same weights are written again
+      share_weights<Plan>(weights, grads);
+      add_weighted_rows<kWidth, Plan>(grad_k, weights, queries);
     }
-    share_weights<Plan>(weights, scores);
-    add_weighted_rows<kWidth, Plan>(grad_v, weights, grads_out);
-    __syncwarp();  // before the same weights are written again
-    share_weights<Plan>(weights, grads);
-    add_weighted_rows<kWidth, Plan>(grad_k, weights, queries);
     __syncthreads();  // before the next copies
   }
   store_rows<kWidth, Plan>(grad_k, scales, back.grad_k.from(first), head.tokens - first, head.width);
