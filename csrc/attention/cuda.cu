@@ -21,8 +21,7 @@ template <class T, class F>
 int dispatch_width(int64_t head_dim, const F& f) {
   if (head_dim <= 32) return f(Width<32>{});
   if (head_dim <= 64) return f(Width<64>{});
-  if constexpr (sizeof(T) == 4)
-    if (head_dim <= 72) return f(Width<72>{});
+  if (head_dim <= 72) return f(Width<72>{});
   if (head_dim <= 80) return f(Width<80>{});
   if (head_dim <= 96) return f(Width<96>{});
   return f(Width<kWidest>{});
@@ -34,13 +33,13 @@ bool fits_tiles(const Attention& p) {
   return sizeof(T) <= 4 && p.head_dim <= kWidest && p.tokens <= kMostTokens && whole && aligned(16, p.qkv, p.out, p.rest);
 }
 
-// A block a tile of `rows` rows of one head of one sample.
+// `a_head` blocks for each head of each sample.
 template <class P>
-int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int rows, int shared_bytes, cudaStream_t stream) {
+int launch_tiles(void (*kernel)(P, Blocks), const P& params, const Attention& p, int64_t a_head, int shared_bytes, cudaStream_t stream) {
   if (shared_bytes > kSharedBytes)  // no more than the 99 KiB that every GPU from sm_80 on has for a block that asks
     if (const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
       return static_cast<int>(status);
-  const int64_t a_head = ceil_div(p.tokens, rows), blocks = p.batch * p.heads * a_head;
+  const int64_t blocks = p.batch * p.heads * a_head;
   int status = 0;
   for (int64_t first = 0; first < blocks && status == 0; first += grid(blocks)) {
     kernel<<<grid(blocks - first), kThreads, shared_bytes, stream>>>(params, {a_head, first});
@@ -61,10 +60,10 @@ int forward(const Attention& p, cudaStream_t stream) {
   return dispatch_width<T>(p.head_dim, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
       using Plan = ForwardPlan<T, width.value>;
-      return launch_tiles(forward_mma<T, width.value>, p, p, Plan::kRows, Plan::kSharedBytes, stream);
+      return launch_tiles(forward_mma<T, width.value>, p, p, ceil_div(p.tokens, Plan::kRows), Plan::kSharedBytes, stream);
     } else {
       using Plan = FmaForward<width.value>;
-      return launch_tiles(forward_fma<width.value>, p, p, Plan::kRows, Plan::kBytes, stream);
+      return launch_tiles(forward_fma<width.value>, p, p, ceil_div(p.tokens, Plan::kRows), Plan::kBytes, stream);
     }
   });
 }
@@ -78,12 +77,13 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
   return dispatch_width<T>(p.head_dim, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
       using Plan = BackwardPlan<T, width.value>;
-      return both(launch_tiles(backward_queries_mma<T, width.value>, b, p, Plan::kQueries, Plan::kQueriesBytes, stream),
-                  [&] { return launch_tiles(backward_keys_mma<T, width.value>, b, p, Plan::kOwnKeys, Plan::kKeysBytes, stream); });
+      const int64_t a_head = ceil_div(p.tokens, Plan::kOwnKeys) + ceil_div(p.tokens, Plan::kQueries);
+      return launch_tiles(backward_mma<T, width.value>, b, p, a_head, Plan::kSharedBytes, stream);
     } else {
       using Plan = FmaBackward<width.value>;
-      return both(launch_tiles(backward_queries_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream),
-                  [&] { return launch_tiles(backward_keys_fma<width.value>, b, p, Plan::kRows, Plan::kBytes, stream); });
+      const int64_t a_head = ceil_div(p.tokens, Plan::kRows);
+      return both(launch_tiles(backward_queries_fma<width.value>, b, p, a_head, Plan::kBytes, stream),
+                  [&] { return launch_tiles(backward_keys_fma<width.value>, b, p, a_head, Plan::kBytes, stream); });
     }
   });
 }

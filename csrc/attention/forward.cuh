@@ -23,6 +23,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
   constexpr int row_tiles = Plan::kRowTiles, step = Plan::kStep;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const stages = reinterpret_cast<T*>(shared);
+  const uint32_t shared_stages = shared_address(shared);
+  const Matrices<kWidth> matrices;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_row = warp * row_tiles * kMma;
   const float scale = static_cast<float>(p.scale), factor = exponent_factor(scale);
   const int first = blocks.tile() * Plan::kRows;
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
   wait_copies<0>();
   __syncthreads();
   Operand<T, kWidth, row_tiles> q;
-  q.load(stages + Plan::kStage, own_row);
+  q.load(matrices, shared_stages + (Plan::kStage + own_row * kWidth) * sizeof(T));
   q.take_sign(scale);
 
   float sums[row_tiles][kWidth / 8][4], largest[row_tiles][2], total[row_tiles][2];
@@ -52,13 +54,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
     __syncthreads();  // this tile is there, and nobody reads the one before (or the queries) any more
     if (tile + 1 < tiles) load_keys(tile + 1);
     if (!has_rows) continue;
-    const T *keys = stages + tile % 2 * Plan::kStage, *values = keys + kKeys * kWidth;
+    const uint32_t keys = shared_stages + tile % 2 * Plan::kStage * sizeof(T), values = keys + kKeys * kWidth * sizeof(T);
     const int left = head.tokens - tile * kKeys;
 #pragma unroll 1
     for (int key = 0; key < kKeys && key < left; key += step) {
       float scores[row_tiles][step / 8][4];
       clear(scores);
-      multiply_rows<kWidth>(scores, q, keys, key);
+      multiply_rows<T>(scores, q, matrices, keys + key * kWidth * sizeof(T));
       if (left - key < step) {  // keys beyond the end
 #pragma unroll
         for (int m = 0; m < row_tiles; ++m)
@@ -77,9 +79,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
           for (int n = 0; n < step / 8; ++n) top = fmaxf(top, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
           top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
           top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-          // Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
-          const float from = top == -INFINITY ? 0.f : top * factor;
-          const float shrink = exp2_approximate(largest[m][half] * factor - from);
+          // Products are rounded before their difference, so that the largest weight is 1 to the last bit: a value that it alone weighs
+          // comes out as it is. Where all scores so far are -inf, a weight is exp(-inf) and not exp(-inf + inf).
+          const float from = top == -INFINITY ? 0.f : __fmul_rn(top, factor);
+          const float shrink = exp2_approximate(__fmul_rn(largest[m][half], factor) - from);
           largest[m][half] = top;
           total[m][half] *= shrink;
 #pragma unroll
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
           for (int n = 0; n < step / 8; ++n)
 #pragma unroll
             for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              scores[m][n][i] = exp2_approximate(scores[m][n][i] * factor - from);
+              scores[m][n][i] = exp2_approximate(__fmul_rn(scores[m][n][i], factor) - from);
               total[m][half] += scores[m][n][i];
             }
         }
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
         uint32_t weights[row_tiles][4];
 #pragma unroll
         for (int m = 0; m < row_tiles; ++m) to_operand<T>(weights[m], scores[m][n], scores[m][n + 1]);
-        add_weighted_rows<kWidth>(sums, weights, values, key + n * 8);
+        add_weighted_rows<T>(sums, weights, matrices, values + (key + n * 8) * kWidth * sizeof(T));
       }
     }
   }
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_mma(Attention p, Blocks b
         total[m][half] += __shfl_xor_sync(0xffffffffu, total[m][half], 2);
         const int row = first + own_row + m * kMma + half * 8 + lane / 4;
         // Weights were taken against the rounded product; what rounding left out is put back, so that the sum is rounded once.
-        const float top = largest[m][half], rest = top == -INFINITY ? 0.f : fmaf(top, factor, -(top * factor));
+        const float top = largest[m][half], rest = top == -INFINITY ? 0.f : fmaf(top, factor, -__fmul_rn(top, factor));
         if (lane % 4 == 0 && row < head.tokens)
           *head.log_sum_exp.from(row).first = fmaf(top, fabsf(scale), (log2f(total[m][half]) - rest) * kLn2);
         total[m][half] = 1 / total[m][half];

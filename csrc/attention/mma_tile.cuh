@@ -7,45 +7,64 @@ namespace convdit::cuda {
 constexpr int kMma = 16;   // rows of an operand a, and columns that one product of a and b sums over
 constexpr int kKeys = 64;  // rows of a tile that a block goes through
 
-// 16 rows from `row` on, the 16 columns of chunks `chunk` and `chunk + 1`. As operand a of a product with the tile's rows as
-// rows; transposed, as two operands b (registers 0 and 1; 2 and 3) of a product that sums over the tile's rows.
-template <int kWidth, class T>
-__device__ __forceinline__ void load_a(uint32_t (&a)[4], const T* tile, int row, int chunk) {
-  const int lane = threadIdx.x % kWarp;
-  load_matrices(a, tile + Tile<T, kWidth>::at(row + lane % 16, chunk + lane / 16));
-}
-template <int kWidth, class T>
-__device__ __forceinline__ void load_b_over_rows(uint32_t (&b)[4], const T* tile, int row, int chunk) {
-  const int lane = threadIdx.x % kWarp;
-  load_matrices_transposed(b, tile + Tile<T, kWidth>::at(row + lane % 16, chunk + lane / 16));
-}
-// The same part of a tile as two operands b of a product that sums over the tile's columns: 8 rows each.
-template <int kWidth, class T>
-__device__ __forceinline__ void load_b_over_columns(uint32_t (&b)[4], const T* tile, int row, int chunk) {
-  const int lane = threadIdx.x % kWarp;
-  load_matrices(b, tile + Tile<T, kWidth>::at(row + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
-}
+// Where in a tile a lane has its row of the matrices that it loads; a tile is given by its address in shared memory. Matrices come
+// from two chunks (16 columns) at a time: of an odd number of chunks, the last comes alone. The permutation of a row's chunks
+// repeats every 8 rows and kPhases steps, so that all other addresses are these plus a constant.
+template <int kWidth>
+struct Matrices {
+  static constexpr int kChunks = kWidth / 8, kSteps = (kChunks + 1) / 2, kRowBytes = 2 * kWidth;
+  static constexpr int kPermuted = Tile<bf16, kWidth>::kPermuted, kPhases = kPermuted < 2 ? 1 : kPermuted / 2;
+  uint32_t down[kPhases], across[kPhases];
+
+  __device__ __forceinline__ Matrices() {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int k = 0; k < kPhases; ++k) {
+      down[k] = 2 * Tile<bf16, kWidth>::at(lane % 16, 2 * k + lane / 16);
+      across[k] = 2 * Tile<bf16, kWidth>::at(lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2);
+    }
+  }
+  static __device__ __forceinline__ constexpr bool alone(int step) { return 2 * step + 1 == kChunks; }
+  static __device__ __forceinline__ uint32_t at(const uint32_t (&lane)[kPhases], uint32_t rows, int step) {
+    return rows + lane[step % kPhases] + step / kPhases * kPhases * 32;
+  }
+  // 16 rows of a tile, as operand a of a product with the tile's rows as rows.
+  __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t rows, int step) const {
+    if (alone(step)) load_matrices<false>(a[0], a[1], at(down, rows, step));
+    else load_matrices<false>(a, at(down, rows, step));
+  }
+  // The same, as two operands b (0 and 1; 2 and 3) of a product that sums over the tile's rows. Alone: one operand.
+  __device__ __forceinline__ void load_b_over_rows(uint32_t (&b)[4], uint32_t rows, int step) const {
+    if (alone(step)) load_matrices<true>(b[0], b[1], at(down, rows, step));
+    else load_matrices<true>(b, at(down, rows, step));
+  }
+  // The same, as two operands b of a product that sums over the tile's columns: 8 rows each. Alone: 0 and 2, of 8 columns.
+  __device__ __forceinline__ void load_b_over_columns(uint32_t (&b)[4], uint32_t rows, int step) const {
+    if (alone(step)) load_matrices<false>(b[0], b[2], at(down, rows, step));
+    else load_matrices<false>(b, at(across, rows, step));
+  }
+};
 
 // A warp's rows of a tile as operands a, kept in registers.
 template <class T, int kWidth, int kRowTiles>
 struct Operand {
-  uint32_t pairs[kRowTiles][kWidth / kMma][4];
-  __device__ __forceinline__ void get(uint32_t (&a)[4], int m, int k) const {
+  uint32_t pairs[kRowTiles][Matrices<kWidth>::kSteps][4];
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int m, int step) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = pairs[m][k][i];
+    for (int i = 0; i < 4; ++i) a[i] = pairs[m][step][i];
   }
-  __device__ __forceinline__ void load(const T* tile, int row) {
+  __device__ __forceinline__ void load(const Matrices<kWidth>& matrices, uint32_t rows) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int k = 0; k < kWidth / kMma; ++k) load_a<kWidth>(pairs[m][k], tile, row + m * kMma, 2 * k);
+      for (int k = 0; k < Matrices<kWidth>::kSteps; ++k) matrices.load_a(pairs[m][k], rows + m * kMma * Matrices<kWidth>::kRowBytes, k);
   }
   // Exponentials multiply scores by |scale|. The sign goes in here; and where scale is 0, the scores become 0.
   __device__ __forceinline__ void take_sign(float scale) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int k = 0; k < kWidth / kMma; ++k)
+      for (int k = 0; k < Matrices<kWidth>::kSteps; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) pairs[m][k][i] = scale > 0 ? pairs[m][k][i] : scale < 0 ? pairs[m][k][i] ^ 0x80008000u : 0u;
   }
@@ -53,9 +72,19 @@ struct Operand {
 // The same, left in the tile and read from there each time, where registers are short.
 template <class T, int kWidth, int kRowTiles>
 struct OperandInTile {
-  const T* rows;
-  __device__ __forceinline__ void load(const T* tile, int row) { rows = tile + row * kWidth; }  // row: a multiple of 8
-  __device__ __forceinline__ void get(uint32_t (&a)[4], int m, int k) const { load_a<kWidth>(a, rows, m * kMma, 2 * k); }
+  Matrices<kWidth> matrices;
+  uint32_t rows;
+  __device__ __forceinline__ void load(const Matrices<kWidth>& where, uint32_t from) { matrices = where, rows = from; }
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int m, int step) const {
+    matrices.load_a(a, rows + m * kMma * Matrices<kWidth>::kRowBytes, step);
+  }
+};
+// 16 of an operand's rows.
+template <class Own>
+struct RowTile {
+  const Own& own;
+  int m;
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int, int step) const { own.get(a, m, step); }
 };
 
 // What multiplies scores in base-2 exponentials, of operands that have taken the sign. Positive, so that the largest score
@@ -68,39 +97,45 @@ __device__ __forceinline__ float exp2_approximate(float x) {  // to 2 units in t
   return y;
 }
 
-// products[m][n] += own rows (m-th 16 of them) times rows [row + 8 n, row + 8 n + 8) of the tile, over the whole width.
-template <int kWidth, class T, class Own, int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own, const T* tile, int row) {
+// products[m][n] += own rows (m-th 16 of them) times the n-th 8 rows from `rows` on, over the whole width.
+template <class T, int kWidth, class Own, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void multiply_rows(float (&products)[kRowTiles][kColumnTiles][4], const Own& own,
+                                              const Matrices<kWidth>& matrices, uint32_t rows) {
 #pragma unroll
-  for (int k = 0; k < kWidth / kMma; ++k) {
+  for (int k = 0; k < Matrices<kWidth>::kSteps; ++k) {
     uint32_t a[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) own.get(a[m], m, k);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += 2) {
       uint32_t b[4];
-      load_b_over_columns<kWidth>(b, tile, row + 8 * n, 2 * k);
+      matrices.load_b_over_columns(b, rows + 8 * n * Matrices<kWidth>::kRowBytes, k);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        mma<T>(products[m][n], a[m], b[0], b[1]);
-        mma<T>(products[m][n + 1], a[m], b[2], b[3]);
+        if (Matrices<kWidth>::alone(k)) {
+          mma_half<T>(products[m][n], a[m], b[0]);
+          mma_half<T>(products[m][n + 1], a[m], b[2]);
+        } else {
+          mma<T>(products[m][n], a[m], b[0], b[1]);
+          mma<T>(products[m][n + 1], a[m], b[2], b[3]);
+        }
       }
     }
   }
 }
 
-// sums[m][n] += weights (16 rows, 16 columns) times rows [row, row + 16) of the tile; n counts 8 columns of it.
-template <int kWidth, class T, int kRowTiles>
+// sums[m][n] += weights (16 rows, 16 columns) times the 16 rows from `rows` on; n counts 8 columns of them.
+template <class T, int kWidth, int kRowTiles>
 __device__ __forceinline__ void add_weighted_rows(float (&sums)[kRowTiles][kWidth / 8][4], const uint32_t (&weights)[kRowTiles][4],
-                                                  const T* tile, int row) {
+                                                  const Matrices<kWidth>& matrices, uint32_t rows) {
 #pragma unroll
-  for (int n = 0; n < kWidth / 8; n += 2) {
+  for (int k = 0; k < Matrices<kWidth>::kSteps; ++k) {
     uint32_t b[4];
-    load_b_over_rows<kWidth>(b, tile, row, n);
+    matrices.load_b_over_rows(b, rows, k);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      mma<T>(sums[m][n], weights[m], b[0], b[1]);
-      mma<T>(sums[m][n + 1], weights[m], b[2], b[3]);
+      mma<T>(sums[m][2 * k], weights[m], b[0], b[1]);
+      if (!Matrices<kWidth>::alone(k)) mma<T>(sums[m][2 * k + 1], weights[m], b[2], b[3]);
     }
   }
 }
@@ -127,6 +162,8 @@ template <int kWidth, class T, int kRowTiles>
 __device__ __forceinline__ void store_rows(T* tile, const float (&sums)[kRowTiles][kWidth / 8][4], const float (&factors)[kRowTiles][2],
                                            Rows<T> rows, int length, int width) {
   using Layout = Tile<T, kWidth>;
+  constexpr int chunks = kRowTiles * kMma * Layout::kChunks;
+  static_assert(chunks % kWarp == 0);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m)
@@ -138,7 +175,7 @@ __device__ __forceinline__ void store_rows(T* tile, const float (&sums)[kRowTile
             pack_pair<T>(sums[m][n][2 * half] * factors[m][half], sums[m][n][2 * half + 1] * factors[m][half]);
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kRowTiles * kMma * Layout::kChunks / kWarp; ++i) {
+  for (int i = 0; i < chunks / kWarp; ++i) {
     const int index = lane + i * kWarp, row = index / Layout::kChunks, chunk = index % Layout::kChunks;
     if (row < length && chunk * Layout::kChunk < width)
       *reinterpret_cast<uint4*>(rows.first + row * rows.stride + chunk * Layout::kChunk) =

@@ -64,7 +64,7 @@ PACKED = [
     packed_case(2, 9, 2, 16, "scale 0", scale=0.0),
 ]
 # Each width of the CUDA kernels' tiles, and widths between and beyond them; tokens that fill tiles, and do not.
-WIDTHS = [(66, 32), (16, 48), (130, 64), (63, 72), (64, 80), (63, 96), (65, 128), (20, 130), (3, 300)]
+WIDTHS = [(66, 32), (16, 48), (130, 64), (9, 68), (63, 72), (64, 80), (65, 96), (63, 128), (20, 130), (3, 300)]
 PACKED += [packed_case(2, t, 2, d) for t, d in WIDTHS]
 BLOCK = [block_case(2, 17, 3, 8), block_case(2, 5, 1, 12, bias=False)]
 SMALL = [packed_case(2, 5, 3, 4), block_case(2, 5, 3, 4)]
