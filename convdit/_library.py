@@ -24,14 +24,14 @@ def _folder() -> Path:
     return Path(os.environ.get("CONVDIT_LIBRARY_DIR") or Path(__file__).parent)
 
 
-def _missing(what: str, why: str) -> ImportError:
+def missing(what: str, why: str) -> ImportError:
     return ImportError(f"convdit: {what} {why}. {CURE}")
 
 
 def _load_information(folder: Path) -> ModuleType:
     path = folder / ("_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
     if not path.exists():
-        raise _missing(str(path.name), f"is missing from {folder}: convdit was not built for this Python")
+        raise missing(str(path.name), f"is missing from {folder}: convdit was not built for this Python")
     spec = importlib.util.spec_from_file_location("convdit._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,11 +42,11 @@ def _load_information(folder: Path) -> ModuleType:
 def _load_operators(folder: Path) -> None:
     path = folder / "libconvdit_ops.so"
     if not path.exists():
-        raise _missing(path.name, f"is missing from {folder}: convdit was not built")
+        raise missing(path.name, f"is missing from {folder}: convdit was not built")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise _missing(path.name, f"does not load beside PyTorch {torch.__version__} ({error})") from error
+        raise missing(path.name, f"does not load beside PyTorch {torch.__version__} ({error})") from error
 
 
 def _load_cuda(folder: Path, info: dict[str, Any]) -> None:

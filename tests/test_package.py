@@ -106,6 +106,16 @@ def test_import_with_missing_or_damaged_operators_never_falls_back(tmp_path, ope
     assert "pip install ." in error
 
 
+def test_import_beside_operators_of_another_version_says_so_and_the_cure(tmp_path):
+    module = "_C" + importlib.machinery.EXTENSION_SUFFIXES[0]
+    shutil.copy(compiled(module), tmp_path)
+    shutil.copy(compiled(module), tmp_path / "libconvdit_ops.so")  # loads, and has none of the operators
+    done = python("import convdit", CONVDIT_LIBRARY_DIR=str(tmp_path))
+    error = done.stderr[done.stderr.rindex("ImportError") :]
+    assert "libconvdit_ops.so is older than these Python files" in error
+    assert "pip install ." in error
+
+
 def test_an_unknown_cpu_level_is_refused_and_the_levels_are_named():
     done = python("import convdit", CONVDIT_CPU_LEVEL="sse9")
     assert done.returncode != 0
