@@ -5,9 +5,8 @@
 #include "convnext_block/convnext_block.h"
 
 #include <algorithm>
-#include <array>
 
-#include "common/checks.h"
+#include "common/products.h"
 #include "depthwise_conv/depthwise_conv.h"
 #include "grn/grn.h"
 
@@ -18,18 +17,11 @@ namespace {
 // as have this many hidden values: there nothing is gained by going image by image, as the forward does where it folds.
 constexpr int64_t kSites = 800, kHiddenValues = 5 << 18;
 
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is `out` once more: drop that reference
-}
-
 // Of a contiguous matrix.
 Tensor row_range(const Tensor& matrix, int64_t first, int64_t count) {
   const int64_t width = matrix.size(1);
   return view_of(matrix, {count, width}, {width, 1}, first * width);
 }
-Tensor transposed(const Tensor& matrix) { return view_of(matrix, {matrix.size(1), matrix.size(0)}, {1, matrix.size(1)}); }
 
 Tensor pointwise_weight(const char* name, const Tensor& w, int64_t outputs, int64_t inputs, ScalarType dtype, const Tensor& x) {
   check_same_device(name, w, "x", x);
@@ -200,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   check_branch(x_in, "u", u_in);
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
   Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
-  const Tensor x_map = dense(x_in), x = rows_of(x_map), out = allocate_like(x_map), hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x);
+  const Tensor x_map = dense(x_in), x = rows_of(x_map), out = allocate_like(x_map),
+               hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x);
   if (x.numel() == 0) return {out, hidden, allocate_zeros({mlp.batch, mlp.hidden}, accumulate_dtype(x), x)};
   const Tensor norm = allocate({mlp.batch, mlp.hidden}, accumulate_dtype(x), x);
   const Tensor u = rows_of(dense(u_in)), out_rows = rows_of(out);
