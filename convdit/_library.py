@@ -88,6 +88,9 @@ def _check_environment(info: dict[str, Any]) -> None:
     if wanted and wanted not in info["cpu_levels"]:
         levels = ", ".join(info["cpu_levels"])
         raise ImportError(f"CONVDIT_CPU_LEVEL: expected one of {levels}, got {wanted!r}")
+    products = os.environ.get("CONVDIT_PRODUCTS")
+    if products and products not in ("convdit", "pytorch"):
+        raise ImportError(f"CONVDIT_PRODUCTS: expected convdit or pytorch, got {products!r}")
     cache = os.environ.get("CONVDIT_CACHE_BYTES")
     if cache and not re.fullmatch(r"[0-9]{1,18}", cache):
         raise ImportError(f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {cache!r}")
@@ -109,7 +112,9 @@ def build_info() -> dict[str, Any]:
     """What was built and what is in use.
 
     Returns:
-        ``version``; ``cpu_levels``, the levels compiled, and ``cpu_level``, the one in use; ``cuda``, whether CUDA
+        ``version``; ``cpu_levels``, the levels compiled, and ``cpu_level``, the one in use; ``cpu_halves``, the
+        halves that the CPU multiplies; ``cpu_products``, whose product of large float32 matrices is taken, "convdit" or
+        "pytorch"; ``cpu_cache_bytes``, the cache that kernels count on; ``cuda``, whether CUDA
         operators are loaded, and ``cuda_reason``, why or why not; ``cuda_archs``; ``compiler``; ``torch_target``, the
         oldest PyTorch that the binary runs beside, and ``torch_built``, the one it was built beside.
     """

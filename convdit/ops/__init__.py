@@ -9,7 +9,6 @@ try:
     from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
     from .gelu_tanh import gelu_tanh
     from .grn import gelu_grn, grn, sparse_gelu_grn, sparse_grn
-    from .linear import linear
     from .sites import neighbors
     from .sparse_depthwise_conv import sparse_depthwise_conv2d
 except (RuntimeError, AttributeError) as error:  # PyTorch's, of an operator that is not registered
@@ -26,7 +25,6 @@ __all__ = [
     "gelu_tanh",
     "grn",
     "layer_norm_modulate",
-    "linear",
     "neighbors",
     "packed_attention",
     "sparse_depthwise_conv2d",

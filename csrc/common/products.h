@@ -8,10 +8,13 @@
 
 namespace convdit {
 
-constexpr int64_t kLargeProduct = 1 << 16;  // multiply-adds
+// Smaller ones are not worth packing, and a product with a vector is a sum that MKL cuts finer.
+constexpr int64_t kLargeProduct = 1 << 16, kFewestRows = 16;  // multiply-adds; rows and columns of the result
 
-inline bool by_our_product(const Tensor& x, int64_t multiply_adds) {
-  return multiply_adds >= kLargeProduct && x.is_cpu() && x.scalar_type() == ScalarType::Float && own_products();
+// (M, K) times (K, N), the first like x.
+inline bool by_our_product(const Tensor& x, int64_t m, int64_t n, int64_t k) {
+  const bool large = m >= kFewestRows && n >= kFewestRows && m * n * k >= kLargeProduct;
+  return large && x.is_cpu() && x.scalar_type() == ScalarType::Float && own_products();
 }
 
 // Of a matrix.
@@ -29,7 +32,7 @@ inline void multiply_here(const Tensor& a, const Tensor& b, const std::optional<
 }
 
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (by_our_product(a, a.size(0) * a.size(1) * b.size(1))) return multiply_here(a, b, std::nullopt, out);
+  if (by_our_product(a, a.size(0), b.size(1), a.size(1))) return multiply_here(a, b, std::nullopt, out);
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));

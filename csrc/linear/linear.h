@@ -25,7 +25,7 @@ struct Product {
 };
 
 // Terms that are summed in registers, one after the other; such sums are then added up, which keeps long ones accurate.
-constexpr int64_t kProductDepth = 384;
+constexpr int64_t kProductDepth = 256;
 constexpr int64_t kProductColumns = 32;  // the most that any level packs together
 
 constexpr int64_t product_scratch(int64_t n, int64_t k) {

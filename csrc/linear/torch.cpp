@@ -21,25 +21,25 @@ Tensor allocate_last(const Tensor& x, int64_t width) {
   return allocate_sizes({sizes.data(), sizes.size()}, x.scalar_type(), x);
 }
 
-int64_t check_linear(const Tensor& x, const Tensor& weight) {
+void check_linear(const Tensor& x, const Tensor& weight) {
   dtype_of("x", x);
   CONVDIT_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got shape ", describe(x));
   check_dim("weight", weight, 2, "(N, K)");
   check_same_device("weight", weight, "x", x);
   check_shape("weight", weight, {weight.size(0), x.size(x.dim() - 1)});
   check_dtype("weight", weight, x.scalar_type());
-  return x.numel() * weight.size(0);
 }
 
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const int64_t multiply_adds = check_linear(x, weight);
+  check_linear(x, weight);
   if (bias) {
     check_same_device("bias", *bias, "x", x);
     check_shape("bias", *bias, {weight.size(0)});
     check_dtype("bias", *bias, x.scalar_type());
   }
-  if (by_our_product(x, multiply_adds)) {
-    const Tensor out = allocate_last(x, weight.size(0));
+  const int64_t n = weight.size(0), k = weight.size(1);
+  if (k > 0 && by_our_product(x, x.numel() / k, n, k)) {
+    const Tensor out = allocate_last(x, n);
     multiply_here(matrix_of(x), transposed(weight), bias ? std::optional<Tensor>(dense(*bias)) : bias, matrix_of(out));
     return out;
   }
