@@ -24,14 +24,14 @@ def _folder() -> Path:
     return Path(os.environ.get("CONVDIT_LIBRARY_DIR") or Path(__file__).parent)
 
 
-def _missing(what: str, why: str) -> ImportError:
+def missing(what: str, why: str) -> ImportError:
     return ImportError(f"convdit: {what} {why}. {CURE}")
 
 
 def _load_information(folder: Path) -> ModuleType:
     path = folder / ("_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
     if not path.exists():
-        raise _missing(str(path.name), f"is missing from {folder}: convdit was not built for this Python")
+        raise missing(str(path.name), f"is missing from {folder}: convdit was not built for this Python")
     spec = importlib.util.spec_from_file_location("convdit._C", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,11 +42,11 @@ def _load_information(folder: Path) -> ModuleType:
 def _load_operators(folder: Path) -> None:
     path = folder / "libconvdit_ops.so"
     if not path.exists():
-        raise _missing(path.name, f"is missing from {folder}: convdit was not built")
+        raise missing(path.name, f"is missing from {folder}: convdit was not built")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise _missing(path.name, f"does not load beside PyTorch {torch.__version__} ({error})") from error
+        raise missing(path.name, f"does not load beside PyTorch {torch.__version__} ({error})") from error
 
 
 def _load_cuda(folder: Path, info: dict[str, Any]) -> None:
@@ -88,6 +88,9 @@ def _check_environment(info: dict[str, Any]) -> None:
     if wanted and wanted not in info["cpu_levels"]:
         levels = ", ".join(info["cpu_levels"])
         raise ImportError(f"CONVDIT_CPU_LEVEL: expected one of {levels}, got {wanted!r}")
+    products = os.environ.get("CONVDIT_PRODUCTS")
+    if products and products not in ("convdit", "pytorch"):
+        raise ImportError(f"CONVDIT_PRODUCTS: expected convdit or pytorch, got {products!r}")
     cache = os.environ.get("CONVDIT_CACHE_BYTES")
     if cache and not re.fullmatch(r"[0-9]{1,18}", cache):
         raise ImportError(f"CONVDIT_CACHE_BYTES: expected a number of bytes, such as 33554432, got {cache!r}")
@@ -109,7 +112,9 @@ def build_info() -> dict[str, Any]:
     """What was built and what is in use.
 
     Returns:
-        ``version``; ``cpu_levels``, the levels compiled, and ``cpu_level``, the one in use; ``cuda``, whether CUDA
+        ``version``; ``cpu_levels``, the levels compiled, and ``cpu_level``, the one in use; ``cpu_halves``, the
+        halves that the CPU multiplies; ``cpu_products``, whose product of large float32 matrices is taken, "convdit" or
+        "pytorch"; ``cpu_cache_bytes``, the cache that kernels count on; ``cuda``, whether CUDA
         operators are loaded, and ``cuda_reason``, why or why not; ``cuda_archs``; ``compiler``; ``torch_target``, the
         oldest PyTorch that the binary runs beside, and ``torch_built``, the one it was built beside.
     """

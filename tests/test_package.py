@@ -59,7 +59,7 @@ def test_dependencies_are_torch_and_numpy_and_the_rest_are_extras(metadata):
 def test_build_information_has_the_promised_keys_and_types():
     info = convdit.build_info()
     types = {
-        "version": str, "cpu_levels": list, "cpu_level": str, "cuda": bool, "cuda_reason": str,
+        "version": str, "cpu_levels": list, "cpu_level": str, "cpu_products": str, "cuda": bool, "cuda_reason": str,
         "cuda_archs": list, "compiler": str, "torch_target": str,
     }  # fmt: skip
     for key, kind in types.items():
@@ -106,11 +106,27 @@ def test_import_with_missing_or_damaged_operators_never_falls_back(tmp_path, ope
     assert "pip install ." in error
 
 
+def test_import_beside_operators_of_another_version_says_so_and_the_cure(tmp_path):
+    module = "_C" + importlib.machinery.EXTENSION_SUFFIXES[0]
+    shutil.copy(compiled(module), tmp_path)
+    shutil.copy(compiled(module), tmp_path / "libconvdit_ops.so")  # loads, and has none of the operators
+    done = python("import convdit", CONVDIT_LIBRARY_DIR=str(tmp_path))
+    error = done.stderr[done.stderr.rindex("ImportError") :]
+    assert "libconvdit_ops.so is older than these Python files" in error
+    assert "pip install ." in error
+
+
 def test_an_unknown_cpu_level_is_refused_and_the_levels_are_named():
     done = python("import convdit", CONVDIT_CPU_LEVEL="sse9")
     assert done.returncode != 0
     assert "CONVDIT_CPU_LEVEL: expected one of baseline" in done.stderr
     assert "'sse9'" in done.stderr
+
+
+def test_an_unknown_kind_of_products_is_refused():
+    done = python("import convdit", CONVDIT_PRODUCTS="mkl")
+    assert done.returncode != 0
+    assert "CONVDIT_PRODUCTS: expected convdit or pytorch, got 'mkl'" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["32M", "-1", "1e6", "9" * 20])

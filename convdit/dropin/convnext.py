@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit import ops
+from convdit.ops.linear import linear
 
 from .layers import depthwise, wants_gradient
 from .swap import Foreign, Rule, defined_by, touched
@@ -96,9 +97,9 @@ def _refuses(block: Foreign) -> str | None:
         return f"its norm is {type(norm).__name__}, not a LayerNorm with weight and bias"
     if type(act).__name__ not in _GELUS or getattr(act, "approximate", "none") != "none":
         return f"its activation is {type(act).__name__}, not the exact GELU"
-    for linear in linears:
-        if not (type(linear) is nn.Linear or (type(linear) is nn.Conv2d and linear.kernel_size == (1, 1))):
-            return f"its pointwise layer is {type(linear).__name__}"
+    for layer in linears:
+        if not (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.kernel_size == (1, 1))):
+            return f"its pointwise layer is {type(layer).__name__}"
     if type(_get(block, names.drop_path)).__name__ not in _PATHS:
         return f"its drop path is {type(_get(block, names.drop_path)).__name__}"
     for name in ("shortcut", "mlp.norm"):
@@ -142,9 +143,9 @@ def _compute(block: Foreign, x: Tensor) -> Tensor:
     y = ops.depthwise_conv2d_layer_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
     if grn is None and idle and _in_pieces(x, y, weight1):
         return _mlp_in_pieces(x, y, weight1, bias1, weight2, bias2, scale).permute(0, 3, 1, 2)
-    y = F.linear(y, weight1, bias1)
+    y = linear(y, weight1, bias1)
     y = F.gelu(y) if grn is None else ops.gelu_grn(y, gamma, beta, eps)
-    y = F.linear(y, weight2, bias2)
+    y = linear(y, weight2, bias2)
     if scale is not None:
         y = y * scale
     return (x + drop_path(y)).permute(0, 3, 1, 2)
@@ -171,8 +172,8 @@ def _mlp_in_pieces(
     rows = _PIECE // (weight1.shape[0] * y.element_size())
     pieces = (t.flatten(0, 2).split(rows) for t in (x, y, out))
     for x_piece, y_piece, out_piece in zip(*pieces, strict=True):
-        hidden = torch.ops.aten.gelu_(F.linear(y_piece, weight1, bias1))
-        branch = F.linear(hidden, weight2, bias2)
+        hidden = torch.ops.aten.gelu_(linear(y_piece, weight1, bias1))
+        branch = linear(hidden, weight2, bias2)
         if scale is None:
             torch.add(x_piece, branch, out=out_piece)
         else:

@@ -1,10 +1,11 @@
-"""Linear layers of tokens, for inference in float32 on a CPU: GELU in one pass with the bias; weights packed, if asked.
+"""Linear layers of tokens in float32 on a CPU: GELU in one pass with the bias; weights packed, if asked.
 
-A matrix product of MKL's, which PyTorch uses, first copies the weight into blocks. `accelerate(model,
-pack_weights=True)` keeps that copy beside the weight, as large as it, from the second call on with the same number of
-rows, and makes it anew where the weight's version or memory is another, which every change shows but those that PyTorch
-cannot see: through ``.data``, NumPy or another process. Of these a sample of a value of each row shows most, not all:
-hence the copies are for those who ask for them. They go with their weights, by `restore`, and by `accelerate` again.
+Where products are ours (convdit/ops/linear.py) nothing is packed. Elsewhere MKL's, which PyTorch uses, first copies the
+weight into blocks. `accelerate(model, pack_weights=True)` keeps that copy beside the weight, as large as it, from the
+second call on with the same number of rows, and makes it anew where the weight's version or memory is another, which
+every change shows but those that PyTorch cannot see: through ``.data``, NumPy or another process. Of these a sample of
+a value of each row shows most, not all: hence the copies are for those who ask for them. They go with their weights, by
+`restore`, and by `accelerate` again.
 
 `convdit bench dropin --match diffusers` measures a model both ways.
 """
@@ -12,13 +13,14 @@ hence the copies are for those who ask for them. They go with their weights, by 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
 from convdit import ops
 from convdit.ops._common import in_transform
+from convdit.ops.linear import HERE
+from convdit.ops.linear import linear as product
 
 from .swap import Foreign
 
@@ -26,8 +28,10 @@ WIDEST = 768  # of tokens: beyond, packing is a small share of the product, and 
 
 
 def usable(x: Tensor) -> bool:
-    """Whether x is such tokens: neither gradients, export, transform nor autocast see it."""
-    if torch.is_grad_enabled() or torch.compiler.is_exporting() or in_transform() or torch.is_autocast_enabled("cpu"):
+    """Whether x is such tokens: no export, transform or autocast sees it; nor gradients, unless products are ours."""
+    if torch.is_grad_enabled() and not HERE:
+        return False
+    if torch.compiler.is_exporting() or in_transform() or torch.is_autocast_enabled("cpu"):
         return False
     return x.numel() > 0 and x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -47,7 +51,8 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear, pack: bool) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
-    return torch.ops.convdit.packed_linear(x, weight, bias) if pack else F.linear(x, weight, bias)
+    pack = pack and not HERE and not torch.is_grad_enabled()
+    return torch.ops.convdit.packed_linear(x, weight, bias) if pack else product(x, weight, bias)
 
 
 class _Packed:
@@ -99,7 +104,7 @@ _library.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, rows = x.contiguous(), x.numel() // x.shape[-1]
     blocks = _blocks(weight, rows)
-    return F.linear(x, weight, bias) if blocks is None else torch.ops.mkl._mkl_linear(x, blocks, weight, bias, rows)
+    return product(x, weight, bias) if blocks is None else torch.ops.mkl._mkl_linear(x, blocks, weight, bias, rows)
 
 
 _library.impl("packed_linear", _packed_linear, "CPU")

@@ -160,5 +160,10 @@ def own_class(module: nn.Module) -> type:
 
 def defined_by(module: nn.Module) -> tuple[str, str]:
     """(module, name) of the class that defines a module's forward."""
-    cls = next(c for c in own_class(module).__mro__ if "forward" in c.__dict__)
+    return _definer(own_class(module))
+
+
+@torch.compiler.assume_constant_result  # which torch.compile could not find out by itself
+def _definer(own: type) -> tuple[str, str]:
+    cls = next(c for c in own.__mro__ if "forward" in c.__dict__)
     return cls.__module__, cls.__name__

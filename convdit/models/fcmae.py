@@ -19,6 +19,7 @@ from convdit.nn.convnext_block import ConvNeXtBlock
 from convdit.nn.layers import DepthwiseConv2d, check_scope, hide
 from convdit.nn.resample import Stem, coarsen
 from convdit.nn.stage import Stage, set_grad_checkpointing
+from convdit.ops.linear import linear
 from convdit.sparse import ActiveSites, SparseTensor2d, random_patch_mask, visible_patches
 
 from .convnext import ConvNeXt, check_images, create, init_weights
@@ -216,7 +217,7 @@ class FCMAE(nn.Module):
         return SparseTensor2d.from_dense(x, sites.blocks_as_sites())
 
     def _decode(self, x: SparseTensor2d) -> Tensor:
-        x = x.replace(F.linear(x.features, self.proj.weight.flatten(1), self.proj.bias))
+        x = x.replace(linear(x.features, self.proj.weight.flatten(1), self.proj.bias))
         return self.decoder(x.dense(self.mask_token.flatten()))
 
     def _predict(self, images: Tensor, mask: Tensor, sites: ActiveSites, removed: ActiveSites) -> tuple[Tensor, Tensor]:
@@ -239,7 +240,7 @@ class FCMAE(nn.Module):
         """
         weight, parts = self.pred.weight.flatten(1), (removed, sites.blocks_as_sites())
         rows = (SparseTensor2d.from_dense(x, part).features for part in parts)
-        hidden, shown = (F.linear(row, weight, self.pred.bias) for row in rows)
+        hidden, shown = (linear(row, weight, self.pred.bias) for row in rows)
         n, height, width = x.shape[:3]
         image, row, column = torch.cat([part.blocks for part in parts]).long().unbind(1)
         order = ((image * height + row) * width + column).argsort()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from convdit.models.dit_checks import check_condition
 from convdit.nn.dit_embed import LabelEmbedder
+from convdit.nn.linear import Linear
 
 if TYPE_CHECKING:
     from convdit.models.dit import DiT
@@ -62,7 +63,8 @@ class ModulationCache:
             c = c + cast(LabelEmbedder, model.y_embedder).lookup(self.labels)
         linears = [part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer)]
         for linear in linears:
-            if type(linear).forward is not nn.Linear.forward:  # its weight alone would not say what it computes
+            # Of another the weight alone would not say what it computes.
+            if type(linear).forward not in (nn.Linear.forward, Linear.forward):
                 raise TypeError(
                     f"cache_modulation: expected nn.Linear in adaLN_modulation, got {type(linear).__name__}: "
                     "merge adapters first, or sample without the cache"

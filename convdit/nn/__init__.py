@@ -4,6 +4,7 @@ from .attention_block import AttentionBlock
 from .convnext_block import ConvNeXtBlock
 from .dit_block import DiTBlock
 from .layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm
+from .linear import Linear
 from .resample import Downsample, Stem
 from .stage import Stage
 
@@ -15,6 +16,7 @@ __all__ = [
     "Downsample",
     "GlobalResponseNorm",
     "LayerNorm",
+    "Linear",
     "Stage",
     "Stem",
 ]

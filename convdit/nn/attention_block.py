@@ -12,6 +12,7 @@ from convdit.sparse import ActiveSites, SparseTensor2d
 
 from .dit_block import Attention
 from .layers import LayerNorm, Map, drop_path
+from .linear import Linear
 
 
 class AttentionBlock(nn.Module):
@@ -40,7 +41,7 @@ class AttentionBlock(nn.Module):
         self.drop_path = drop_path
         self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps)
-        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+        layers = {"fc1": Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": Linear(4 * dim, dim)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Map, visible: Tensor | None = None) -> Map:

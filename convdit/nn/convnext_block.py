@@ -13,6 +13,7 @@ from convdit._checks import check_rate
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 from .layers import DepthwiseConv2d, GlobalResponseNorm, LayerNorm, Map, drop_path, hide
+from .linear import Linear
 
 
 class ConvNeXtBlock(nn.Module):
@@ -55,10 +56,10 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = drop_path
         self.dwconv = DepthwiseConv2d(dim, kernel_size, **to)
         self.norm = LayerNorm(dim, eps, **to)
-        self.pwconv1 = nn.Linear(dim, 4 * dim, **to)
+        self.pwconv1 = Linear(dim, 4 * dim, **to)
         if version == 2:
             self.grn = GlobalResponseNorm(4 * dim, scope=grn_scope, **to)
-        self.pwconv2 = nn.Linear(4 * dim, dim, **to)
+        self.pwconv2 = Linear(4 * dim, dim, **to)
         if version == 1:
             gamma = torch.full((dim,), layer_scale_init_value, **to)
             self.gamma = nn.Parameter(gamma) if layer_scale_init_value > 0 else None

@@ -15,6 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from convdit import ops
 from convdit._checks import check_tensor, check_whole
 from convdit._hooks import hooked
+from convdit.ops.linear import linear
+
+from .linear import Linear
 
 EPS = 1e-6
 
@@ -57,8 +60,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(ops.packed_attention(self.qkv(x), self.num_heads))
@@ -70,10 +73,10 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
@@ -89,19 +92,19 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and _plain(self.fc1):  # its bias is added on the way through GELU
-            return self.fc2(ops.gelu_tanh(F.linear(x, self.fc1.weight), self.fc1.bias, overwrite=True))
+            return self.fc2(ops.gelu_tanh(linear(x, self.fc1.weight), self.fc1.bias, overwrite=True))
         return self.fc2(ops.gelu_tanh(self.fc1(x)))
 
 
 def _plain(layer: nn.Module) -> bool:
     """Whether nobody sees or changes what a Linear returns: by a hook, a subclass or a forward of its own."""
     own = hooked(layer) or "forward" in layer.__dict__
-    return type(layer) is nn.Linear and not own and not _has_any_global_hook()
+    return type(layer) in (Linear, nn.Linear) and not own and not _has_any_global_hook()
 
 
 class DiTBlock(nn.Module):
@@ -145,7 +148,7 @@ class DiTBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, width)
         if rows:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, rows * hidden_size))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, rows * hidden_size))
             self.zero_modulation()
             return
         self.norm1 = nn.LayerNorm(hidden_size, eps=EPS)

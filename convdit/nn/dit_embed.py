@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convdit.nn.dit_block import EPS, ResidualStream
+from convdit.nn.linear import Linear
 
 
 def sincos_position_table(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -55,7 +56,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.frequency_size = frequency_size
         self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(frequency_size, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size))
 
     @staticmethod
     def features(t: Tensor, size: int, max_period: float = 10000.0, shift: int = 0) -> Tensor:
@@ -112,7 +113,7 @@ class ContextEmbedder(nn.Module):
     def __init__(self, context_dim: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
         self.dropout_prob = dropout_prob
-        self.proj = nn.Linear(context_dim, hidden_size)
+        self.proj = Linear(context_dim, hidden_size)
         if dropout_prob > 0:
             self.null = nn.Parameter(torch.zeros(hidden_size))
 
@@ -144,9 +145,9 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.modulated = modulated
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         if modulated:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
         else:
             self.norm_final = nn.LayerNorm(hidden_size, eps=EPS)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit._checks import check_fits, check_floating, check_whole
+from convdit.ops.linear import linear
 from convdit.sparse import ActiveSites, SparseTensor2d
 
 from .layers import LayerNorm, Map, hide
@@ -99,7 +100,7 @@ class Downsample(nn.Sequential):
         conv = cast(nn.Conv2d, self[1])
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
         quads = quads.reshape(len(coarse), 4 * channels)
-        return SparseTensor2d(F.linear(quads, weight, conv.bias), coarse)
+        return SparseTensor2d(linear(quads, weight, conv.bias), coarse)
 
 
 def coarsen(visible: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ views of qkv; packing the three gradients is ours.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from ._common import Function, accumulate_dtype, autocast, check_floating, library, needs_grad, register_vmap
 from .adaln import gated_residual, layer_norm_modulate
+from .linear import linear
 
 
 def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -138,5 +138,5 @@ def adaln_zero_attention(
     if tuple(modulation.shape) != expected:
         raise ValueError(f"modulation: expected shape {expected}, got {tuple(modulation.shape)}")
     shift, scale, gate = modulation.unbind(1)
-    attended = packed_attention(F.linear(layer_norm_modulate(x, shift, scale, eps), qkv_weight, qkv_bias), num_heads)
-    return gated_residual(x, F.linear(attended, proj_weight, proj_bias), gate)
+    attended = packed_attention(linear(layer_norm_modulate(x, shift, scale, eps), qkv_weight, qkv_bias), num_heads)
+    return gated_residual(x, linear(attended, proj_weight, proj_bias), gate)

@@ -8,6 +8,7 @@ computes the rest of the hidden tensors again. On other devices the block is its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ def convnext_block(
         pwconv2_weight,
         pwconv2_bias,
     )
+    if _is_plain(x, given):  # the operators look at the shapes; asking here first would take as long as a small block
+        try:
+            return _block(x, given, eps)
+        except RuntimeError:
+            _check(x, given)  # the error in terms of this function's arguments
+            raise
     _check(x, given)
     branch = autocast(x).dtype
     if x.device.type != "cpu" or branch != x.dtype != torch.float32:
@@ -93,11 +100,25 @@ def convnext_block(
         None if p is None else p.to(branch) if name in _MATRICES else parameter(name, p, x)
         for name, p in zip(_SHAPES, given, strict=True)
     ]
-    if needs_grad(x, *arguments):
-        return _ConvnextBlock.apply(x, *arguments, eps)[0]
     if torch.compiler.is_exporting():  # the operator calls others, which would refuse parameters that want gradients
         x, arguments = x.detach(), [None if t is None else t.detach() for t in arguments]
+    return _block(x, arguments, eps)
+
+
+def _block(x: Tensor, arguments: Sequence[Tensor | None], eps: float) -> Tensor:
+    if needs_grad(x, *arguments):
+        return _ConvnextBlock.apply(x, *arguments, eps)[0]
     return library.convnext_block_fwd(x, *arguments, eps)
+
+
+def _is_plain(x: Tensor, given: Sequence[Tensor | None]) -> bool:
+    """Whether all are float32 on the CPU, outside autocast and torch.compile: nothing is to be cast."""
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return False
+    for t in (x, *given):
+        if t is not None and not (isinstance(t, Tensor) and t.dtype is torch.float32 and t.is_cpu):
+            return False
+    return True
 
 
 # Halves that this CPU has no products of: the branch is computed in float32, which is several times faster there.

@@ -82,31 +82,20 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
 
 #else
 
-// Views are made of t's memory directly: each step of view(), select() and transpose() would go through the dispatcher. They live no
-// longer than the call that makes them, and t outlives that.
-Tensor strided_view(const Tensor& t, const Shape& s, int64_t batch_stride, int64_t head_stride, int64_t token_stride, int64_t offset) {
-  const int64_t sizes[4] = {s.batch, s.heads, s.tokens, s.head_dim}, strides[4] = {batch_stride, head_stride, token_stride, 1};
-  return torch::stable::from_blob(t.mutable_data_ptr(), {sizes, 4}, {strides, 4}, t.device(), t.scalar_type(), offset);
+// (B, heads, T, d) of rows of at least heads * d, from `offset` elements on.
+Tensor by_heads(const Tensor& t, const Shape& s, int64_t offset = 0) {
+  return view_of(t, {s.batch, s.heads, s.tokens, s.head_dim}, {t.stride(0), s.head_dim, t.stride(1), 1}, offset);
 }
 
-// The i-th third of qkv, or of its gradient, as (B, heads, T, d).
-Tensor third(const Tensor& qkv, const Shape& s, int64_t i) {
-  return strided_view(qkv, s, qkv.stride(0), s.head_dim, qkv.stride(1), i * s.heads * s.head_dim);
-}
-
-Tensor by_heads(const Tensor& t, const Shape& s) {  // (B, T, D) -> (B, heads, T, d)
-  return strided_view(t, s, t.stride(0), s.head_dim, t.stride(1), 0);
-}
+// The i-th third of qkv, or of its gradient.
+Tensor third(const Tensor& qkv, const Shape& s, int64_t i) { return by_heads(qkv, s, i * s.heads * s.head_dim); }
 
 // (B, T, size) of t, (B, heads, T, ...), whose memory lies in that order; not a view in autograd's eyes, which would forbid changing
 // it in place.
 Tensor heads_together(const Tensor& t, const Shape& s, int64_t size) {
-  Tensor result = torch::stable::transpose(t, 1, 2);
-  if (!result.is_contiguous()) result = torch::stable::contiguous(result);  // not today
-  const int64_t sizes[3] = {s.batch, s.tokens, size}, strides[3] = {s.tokens * size, size, 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(result.get(), 3, sizes, strides, 0, &handle));
-  return Tensor(handle);
+  const bool in_order = t.stride(0) == s.tokens * size && t.stride(1) == size / s.heads && t.stride(2) == size;
+  const Tensor result = in_order ? t : torch::stable::contiguous(torch::stable::transpose(t, 1, 2));  // not today
+  return view_of(result, {s.batch, s.tokens, size}, {s.tokens * size, size, 1});
 }
 
 // The flash kernels read rows of d without gaps.

@@ -147,6 +147,15 @@ inline Tensor allocate_like(const Tensor& t) {  // contiguous, whatever t's stri
   return allocate_sizes(t.sizes(), t.scalar_type(), t);
 }
 
+// Part of t's memory, from `offset` elements on, as a tensor of another shape that autograd knows nothing of. Each narrow(), transpose() or
+// detach() would go through the dispatcher.
+template <size_t N>
+Tensor view_of(const Tensor& t, const int64_t (&sizes)[N], const int64_t (&strides)[N], int64_t offset = 0) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), N, sizes, strides, offset, &handle));
+  return Tensor(handle);
+}
+
 // CPU threads: PyTorch's own, as many as torch.get_num_threads() says; tasks are pulled from a counter.
 inline Runner torch_runner() {
   Runner runner;

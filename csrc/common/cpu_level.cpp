@@ -56,7 +56,22 @@ int64_t detect_cache() {
   return third > 0 ? third : int64_t{32} << 20;
 }
 
+bool detect_products() {
+  if (const char* wanted = std::getenv("CONVDIT_PRODUCTS"); wanted != nullptr && *wanted != '\0')
+    return std::strcmp(wanted, "convdit") == 0;
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool own_products() {
+  static const bool chosen = detect_products();
+  return chosen;
+}
 
 int64_t cache_bytes() {
   static const int64_t bytes = detect_cache();

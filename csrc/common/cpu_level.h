@@ -16,6 +16,10 @@ const char* cpu_level_name(CpuLevel level);
 bool multiplies_bf16();
 bool multiplies_f16();
 
+// Whether large matrix products of float32 are ours, not PyTorch's: on processors with AVX-512 that are not Intel's, where its MKL keeps to
+// narrower code. The environment variable CONVDIT_PRODUCTS, convdit or pytorch, decides otherwise; read once.
+bool own_products();
+
 // Bytes of the third-level cache: what Linux says (32 MiB where it does not; on Intel's servers at most eight times the
 // second level), or the environment variable CONVDIT_CACHE_BYTES; read once.
 int64_t cache_bytes();

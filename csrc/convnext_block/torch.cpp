@@ -5,9 +5,8 @@
 #include "convnext_block/convnext_block.h"
 
 #include <algorithm>
-#include <array>
 
-#include "common/checks.h"
+#include "common/products.h"
 #include "depthwise_conv/depthwise_conv.h"
 #include "grn/grn.h"
 
@@ -18,25 +17,17 @@ namespace {
 // as have this many hidden values: there nothing is gained by going image by image, as the forward does where it folds.
 constexpr int64_t kSites = 800, kHiddenValues = 5 << 18;
 
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is `out` once more: drop that reference
-}
-
-Tensor slice(Tensor t, int64_t axis, int64_t first, int64_t length) { return torch::stable::narrow(t, axis, first, length); }
-
-Tensor detach(const Tensor& t) {  // out= refuses factors that require gradients
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// Of a contiguous matrix.
+Tensor row_range(const Tensor& matrix, int64_t first, int64_t count) {
+  const int64_t width = matrix.size(1);
+  return view_of(matrix, {count, width}, {width, 1}, first * width);
 }
 
 Tensor pointwise_weight(const char* name, const Tensor& w, int64_t outputs, int64_t inputs, ScalarType dtype, const Tensor& x) {
   check_same_device(name, w, "x", x);
   check_shape(name, w, {outputs, inputs});
   check_dtype(name, w, dtype);
-  return dense(detach(w));
+  return row_range(dense(w), 0, outputs);  // without its gradient, which out= refuses
 }
 
 std::optional<Tensor> optional_vector(const char* name, const std::optional<Tensor>& t, int64_t size, const Tensor& x) {
@@ -77,7 +68,7 @@ struct Mlp {
 
   DType dtype() const { return dtype_of("pwconv1_weight", weight1); }
   Tensor scratch(int64_t width) const { return allocate({images * sites, width}, branch, weight1); }
-  Tensor part(const Tensor& matrix, int64_t first, int64_t count) const { return slice(matrix, 0, first * sites, count * sites); }
+  Tensor part(const Tensor& matrix, int64_t first, int64_t count) const { return row_range(matrix, first * sites, count * sites); }
   // f(first image, images) for a few images at a time, in order.
   template <class F>
   void for_parts(const F& f) const {
@@ -103,7 +94,7 @@ struct Mlp {
   // One part. Where nothing is kept for a backward, `wide` may be hidden_part and `product` may be u.
   void forward(int64_t count, const Tensor& x, const Tensor& u, const Tensor& hidden_part, const Tensor& wide, const Tensor& norm,
                const Tensor& product, const Tensor& out) const {
-    multiply(u, torch::stable::transpose(weight1, 0, 1), hidden_part);
+    multiply(u, transposed(weight1), hidden_part);
     Grn p{grn_shape(count)};
     p.x = hidden_part.const_data_ptr(), p.y = wide.mutable_data_ptr(), p.shift = bias1.const_data_ptr();
     p.weight = grn_weight.const_data_ptr(), p.bias = grn_bias.const_data_ptr(), p.norm = norm.mutable_data_ptr();
@@ -114,7 +105,7 @@ struct Mlp {
       FoldScale s{channels, hidden, dtype(), weight2.const_data_ptr(), scale.const_data_ptr(), folded.mutable_data_ptr()};
       CONVDIT_RUN(convnext_block, fold_scale, x, s);
     }
-    multiply(wide, torch::stable::transpose(fold ? folded : weight2, 0, 1), product);
+    multiply(wide, transposed(fold ? folded : weight2), product);
     AddResidual r{count * sites,
                   channels,
                   dtype_of("x", x),
@@ -138,7 +129,9 @@ void check_branch(const Tensor& x, const char* name, const Tensor& t) {
                 ": expected the dtype of x (", dtype_name(x.scalar_type()), "), or float32 beside a half and a half beside float32, got ",
                 dtype_name(t.scalar_type()));
 }
-Tensor rows_of(const Tensor& map) { return torch::stable::view(map, {map.size(0) * map.size(1) * map.size(2), map.size(3)}); }
+Tensor rows_of(const Tensor& map) {  // of a contiguous one: a site each
+  return view_of(map, {map.size(0) * map.size(1) * map.size(2), map.size(3)}, {map.size(3), 1});
+}
 
 // The whole block, without gradients.
 Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const std::optional<Tensor>& dwconv_bias,
@@ -160,28 +153,29 @@ Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const
   Mlp mlp(x_in, branch, pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
   const Tensor out = allocate_like(x_in);
   if (x_in.numel() == 0) return out;
-  const Tensor x = dense(x_in), map = mlp.scratch(channels), wide = mlp.scratch(mlp.hidden);
+  const Tensor x_map = dense(x_in), x = rows_of(x_map), out_rows = rows_of(out);
+  const Tensor map = mlp.scratch(channels), wide = mlp.scratch(mlp.hidden);
   Tensor branch_x;
-  if (branch != x.scalar_type()) branch_x = allocate({mlp.images, x.size(1), x.size(2), channels}, branch, x);
+  if (branch != x.scalar_type()) branch_x = mlp.scratch(channels);
   const Tensor norm = allocate({mlp.images, mlp.hidden}, wide_type, x);
   const Tensor packed = allocate({kernel * kernel, (channels + kChannelMultiple - 1) / kChannelMultiple * kChannelMultiple}, wide_type, x);
   mlp.prepare_forward();
   mlp.for_parts([&](int64_t first, int64_t count) {
-    const Tensor x_part = slice(x, 0, first, count);
+    const Tensor x_part = mlp.part(x, first, count);
     Tensor conv_x = x_part;
     if (branch != x.scalar_type()) {
-      conv_x = slice(branch_x, 0, 0, count);
+      conv_x = mlp.part(branch_x, 0, count);
       torch::stable::copy_(conv_x, x_part);
     }
     DepthwiseConvLayerNorm p{};
-    p.conv.batch = count, p.conv.height = x.size(1), p.conv.width = x.size(2), p.conv.channels = channels, p.conv.kernel = kernel;
+    p.conv.batch = count, p.conv.height = x_in.size(1), p.conv.width = x_in.size(2), p.conv.channels = channels, p.conv.kernel = kernel;
     p.conv.dtype = mlp.dtype();
     p.conv.x = conv_x.const_data_ptr(), p.conv.weight = conv_weight.const_data_ptr(), p.conv.bias = data(conv_bias);
     p.conv.y = map.mutable_data_ptr(), p.conv.packed = packed.mutable_data_ptr();
     p.eps = eps, p.ln_weight = ln_weight.const_data_ptr(), p.ln_bias = ln_bias.const_data_ptr(), p.out = map.mutable_data_ptr();
     CONVDIT_RUN(depthwise_conv, forward_layer_norm, x, p);
     const Tensor u = mlp.part(map, 0, count), hidden = mlp.part(wide, 0, count);
-    mlp.forward(count, x_part, u, hidden, hidden, norm, u, slice(out, 0, first, count));
+    mlp.forward(count, x_part, u, hidden, hidden, norm, u, mlp.part(out_rows, first, count));
   });
   return out;
 }
@@ -198,14 +192,16 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   check_branch(x_in, "u", u_in);
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
   Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
-  const Tensor x = dense(x_in), out = allocate_like(x), hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x);
+  const Tensor x_map = dense(x_in), x = rows_of(x_map), out = allocate_like(x_map),
+               hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x);
   if (x.numel() == 0) return {out, hidden, allocate_zeros({mlp.batch, mlp.hidden}, accumulate_dtype(x), x)};
   const Tensor norm = allocate({mlp.batch, mlp.hidden}, accumulate_dtype(x), x);
-  const Tensor u = rows_of(dense(u_in)), wide = mlp.scratch(mlp.hidden), product = mlp.scratch(mlp.channels);
+  const Tensor u = rows_of(dense(u_in)), out_rows = rows_of(out);
+  const Tensor wide = mlp.scratch(mlp.hidden), product = mlp.scratch(mlp.channels);
   mlp.prepare_forward();
   mlp.for_parts([&](int64_t first, int64_t count) {
-    mlp.forward(count, slice(x, 0, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count), mlp.part(wide, 0, count),
-                slice(norm, 0, first, count), mlp.part(product, 0, count), slice(out, 0, first, count));
+    mlp.forward(count, mlp.part(x, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count), mlp.part(wide, 0, count),
+                row_range(norm, first, count), mlp.part(product, 0, count), mlp.part(out_rows, first, count));
   });
   return {out, hidden, norm};
 }
@@ -224,8 +220,7 @@ struct WeightGrad {
   }
   void add(const Tensor& grad, const Tensor& input) {
     if (!wanted) return;
-    const Tensor turned = torch::stable::transpose(grad, 0, 1);
-    multiply(turned, input, direct ? sum : product);
+    multiply(transposed(grad), input, direct ? sum : product);
     if (!direct) {
       AddResidual p{sum.size(0),
                     sum.size(1),
@@ -280,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
     multiply(grad_part, mlp.weight2, grad_y);
     GrnBackward p{mlp.grn_shape(count)};
     p.grad = grad_y.const_data_ptr(), p.grad_x = grad_y.mutable_data_ptr(), p.x = mlp.part(hidden, first, count).const_data_ptr();
-    p.norm = slice(all_norms, 0, first, count).const_data_ptr(), p.weight = mlp.grn_weight.const_data_ptr();
+    p.norm = row_range(all_norms, first, count).const_data_ptr(), p.weight = mlp.grn_weight.const_data_ptr();
     p.bias = mlp.grn_bias.const_data_ptr(), p.shift = mlp.bias1.const_data_ptr(), p.y = y.mutable_data_ptr(), p.add = first > 0;
     p.grad_shift = grad_bias1.mutable_data_ptr(), p.grad_weight = grad_grn_weight.mutable_data_ptr();
     p.grad_bias = grad_grn_bias.mutable_data_ptr();

@@ -26,6 +26,7 @@ py::dict build_info() {
   if (convdit::multiplies_bf16()) halves.append("bfloat16");
   if (convdit::multiplies_f16()) halves.append("float16");
   info["cpu_halves"] = halves;
+  info["cpu_products"] = convdit::own_products() ? "convdit" : "pytorch";
   info["cpu_cache_bytes"] = convdit::cache_bytes();
   info["cuda"] = static_cast<bool>(CONVDIT_CUDA_BUILT);
   info["cuda_reason"] = CONVDIT_CUDA_REASON;

@@ -18,6 +18,13 @@ from .running import Operators
 packed_linear = torch.ops.convdit.packed_linear
 
 
+@pytest.fixture(autouse=True)
+def take_pytorchs_products(monkeypatch):
+    """Where products are ours nothing is packed."""
+    monkeypatch.setattr(products, "HERE", False)
+    monkeypatch.setattr("convdit.ops.linear.HERE", False)
+
+
 def tokens(rows=8, width=24):
     return torch.randn(2, rows, width, generator=torch.Generator().manual_seed(rows))
 
@@ -201,3 +208,17 @@ def test_packed_models_train_on_the_weights_themselves_and_follow_the_optimiser(
     grads = [[p.grad for p in m.parameters()] for m in (plain, fast)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_where_products_are_ours_nothing_is_packed_and_training_takes_them_too(layer, monkeypatch):
+    monkeypatch.setattr(products, "HERE", True)
+    monkeypatch.setattr("convdit.ops.linear.HERE", True)
+    monkeypatch.setattr("convdit.ops.linear.FEWEST", 1)
+    x = tokens()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), Operators() as operators:
+            assert products.usable(x)
+            y = products.linear(x, layer, pack=True)
+        assert operators.names == {"linear_fwd"} and layer.weight not in products._packed
+        torch.testing.assert_close(y, layer(x))
+    assert y.requires_grad

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
+import convdit
 from convdit import models
 from convdit.nn import ConvNeXtBlock, DepthwiseConv2d
 from convdit.sparse import random_patch_mask
@@ -99,8 +100,12 @@ def test_gradients_of_an_image_of_zeros_leave_float16_in_plain_pytorch_too():
     assert not infinite and exact[1].abs().max() > 1e11 and exact[[0, 2]].abs().max() < 1e3
     ours, infinite = gradients_of(lambda block, x: block(x), torch.float16)
     theirs, theirs_infinite = gradients_of(plain_block, torch.float16)
-    assert infinite == theirs_infinite and len(infinite) > 10
-    assert not ours[1].isfinite().any() and not theirs[1].isfinite().any()
+    assert len(theirs_infinite) > 10 and not theirs[1].isfinite().any()
+    if "float16" in convdit.build_info()["cpu_halves"]:
+        assert infinite == theirs_infinite and not ours[1].isfinite().any()
+    else:  # such a CPU computes the branch in float32, which holds them
+        assert not infinite
+        torch.testing.assert_close(ours[1].double(), exact[1], rtol=0.05, atol=0.01 * exact[1].abs().max().item())
     for gradient in (ours, theirs):
         torch.testing.assert_close(gradient[[0, 2]].double(), exact[[0, 2]], rtol=0, atol=5)
 

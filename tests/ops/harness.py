@@ -241,7 +241,7 @@ def assert_in_own_process(test_file: str, expression: str, **variables: str) -> 
     assert done.returncode == 0, f"{variables}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
 
 
-def assert_every_cpu_level(test_file: str, expression: str) -> None:
+def assert_every_cpu_level(test_file: str, expression: str, **variables: str) -> None:
     """Run the tests of `test_file` that match `expression` once at each lower CPU level, each in its own process."""
     from convdit import build_info
 
@@ -249,4 +249,4 @@ def assert_every_cpu_level(test_file: str, expression: str) -> None:
     for level in info["cpu_levels"]:
         if level == info["cpu_level"]:
             break
-        assert_in_own_process(test_file, expression, CONVDIT_CPU_LEVEL=level)
+        assert_in_own_process(test_file, expression, CONVDIT_CPU_LEVEL=level, **variables)

@@ -1,0 +1,40 @@
+// A product of two float32 matrices, the first and the last step of a Linear layer and its gradients.
+//
+//   c (M, N) = a (M, K) b (K, N) + bias (N)
+//
+// a and b have any strides; c has unit stride along N and aliases neither. `bias` may be null. `packed` is scratch of
+// product_scratch() floats. The caller owns them all; any sizes, including 0; any alignment.
+#pragma once
+#include <cstdint>
+
+#include "common/cpu_level.h"
+#include "common/parallel.h"
+
+namespace convdit {
+
+struct Product {
+  int64_t m, n, k;
+  const float* a;
+  int64_t a_row, a_column;
+  const float* b;
+  int64_t b_row, b_column;
+  const float* bias;
+  float* c;
+  int64_t c_row;
+  float* packed;
+};
+
+// Terms that are summed in registers, one after the other; such sums are then added up, which keeps long ones accurate.
+constexpr int64_t kProductDepth = 256;
+constexpr int64_t kProductColumns = 32;  // the most that any level packs together
+
+constexpr int64_t product_scratch(int64_t n, int64_t k) {
+  return (n + kProductColumns - 1) / kProductColumns * kProductColumns * (k < kProductDepth ? k : kProductDepth);
+}
+
+struct LinearKernels {
+  void (*multiply)(const Product&, const Runner&);
+};
+CONVDIT_CPU_TABLE(LinearKernels, linear)
+
+}  // namespace convdit
