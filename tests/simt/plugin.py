@@ -50,9 +50,10 @@ def library() -> Library:
 
 def take_cpu_tensors_for_cuda() -> None:
     """Where an operator's result depends on the device, its fake too must take a CPU tensor for one on CUDA."""
-    from convdit.ops import attention
+    from convdit.ops import attention, linear
 
     attention.OUR_KERNELS.append("cpu")
+    linear.HERE = False  # its product is of the CPU's kernels
 
 
 def pytest_configure(config: pytest.Config) -> None:
