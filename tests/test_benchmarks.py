@@ -29,6 +29,7 @@ from benchmarks import (
     bench_gpu,
     bench_grid,
     bench_grn,
+    bench_linear,
     bench_memory,
     bench_scaling,
     bench_sparse_depthwise_conv,
@@ -84,6 +85,7 @@ OPERATORS = {
     "adaln": [lambda w=w, o=o: bench_adaln.adaln(o, w, 2, 5, 12) for w in BOTH for o in bench_adaln.OPERATORS],
     "attention": [lambda w=w: bench_attention.attention(w, 2, 9, 24, 3) for w in BOTH],
     "convnext": [lambda: bench_convnext.block_forward(9, 8, n=2), lambda: bench_convnext.block_step(9, 8, n=2)],
+    "linear": [lambda w=w: bench_linear.linear(w, 60, 24, 70) for w in BOTH],
     "dit": [lambda: bench_dit.forward(2, 9, 24, 3), lambda: bench_dit.step(2, 9, 24, 3)],
 }
 
