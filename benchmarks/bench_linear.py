@@ -39,5 +39,5 @@ def linear(what: str, rows: int, inputs: int, outputs: int) -> Work:
         return Work(without_grad(ours, x), calls, matrix=products, bytes=traffic)
     x.requires_grad_()
     grad = torch.randn(rows, outputs)
-    calls = {k: backward(m, [x], [x, *theirs.parameters()], grad) for k, m in modules.items()}
+    calls = {k: backward(m, [x], [x, *m.parameters()], grad) for k, m in modules.items()}
     return Work(backward(ours, [x], [x, *ours.parameters()], grad), calls, matrix=2 * products, bytes=2 * traffic)
