@@ -36,6 +36,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         "CONVDIT_LIBRARY_DIR": str(folder.resolve()),
+        "CONVDIT_PRODUCTS": "convdit",  # PyTorch's are not looked at
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
