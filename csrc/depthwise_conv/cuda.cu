@@ -1,11 +1,14 @@
 // CUDA kernels of the depthwise convolution and the LayerNorm after it; see depthwise_conv.h for the formulas.
 //
-// K = 7 in float32 and the halves: strips.cuh, and with the LayerNorm in the same launch strips_layer_norm.cuh. Everything else (other
+// K = 7 in float32 and the halves: columns.cuh, and with the LayerNorm in the same launch strips_layer_norm.cuh. Everything else (other
 // kernel sizes, float64, channels that do not fill vectors) takes a thread an output. Sums over the map are taken in parts, and the
 // parts added in order by a second launch: no atomics.
 #include "depthwise_conv/depthwise_conv.h"
 
+#include <algorithm>
+
 #include "common/layer_norm_backward.cuh"
+#include "depthwise_conv/columns.cuh"
 #include "depthwise_conv/strips_layer_norm.cuh"
 
 namespace convdit::cuda {
@@ -36,89 +39,36 @@ __global__ void forward_sites(DepthwiseConv p) {
   }
 }
 
-// Calls f(Tile) where the fast kernels know the kernel size and whole vectors of T fit the channels, else returns -1.
+// Whether the kernels for K = 7 fit: whole vectors of T.
+template <class T, class P, class... Pointers>
+bool fast(const P& p, const Pointers*... pointers) {
+  return sizeof(T) <= 4 && p.kernel == kTaps && p.channels % kVector<T> == 0 && aligned(16, pointers...);
+}
+// Calls f(Strip) with that for the map.
 template <class T, class P, class F>
-int with_tile(const P& p, bool aligned, const F& f) {
-  if constexpr (sizeof(T) <= 4) {
-    if (p.kernel == kTaps && p.channels % kVector<T> == 0 && aligned) return p.width <= 7 ? f(Tile<T, 1, 4>{}) : f(Tile<T, 2, 7>{});
-  }
-  return -1;
+int with_strip(const P& p, const F& f) {
+  return p.width <= 14 ? f(Strip<T, true>{}) : f(Strip<T, false>{});
 }
 
 template <class T>
 int forward(const DepthwiseConv& p, cudaStream_t stream) {
-  const int fast = with_tile<T>(p, aligned(16, p.x, p.y), [&](auto tile) {
-    using Tile = decltype(tile);
-    const Tiles tiles = tiles_of<Tile>(p.height, p.width, p.channels);
-    // A run loads the weights and the halo above it once: long where there are strips enough for every multiprocessor.
-    const int64_t strips = p.batch * tiles.columns * tiles.groups, run = ceil_div(tiles.rows * strips, kEnoughBlocks);
-    const int64_t length = run < 2 ? 2 : run < tiles.rows ? run : tiles.rows;
-    constexpr int bytes = kForwardBytes<T, Tile>;
-    if (const int status = allow_shared_bytes(forward_strips<T, Tile>, bytes)) return status;
-    forward_strips<T, Tile><<<grid(strips * ceil_div(tiles.rows, length)), kForwardThreads<T, Tile>, bytes, stream>>>(p, tiles, length);
-    return launch_status();
-  });
-  if (fast >= 0) return fast;
+  if constexpr (sizeof(T) <= 4)
+    if (fast<T>(p, p.x, p.y, p.weight))
+      return with_strip<T>(p, [&](auto strip) {
+        using Strip = decltype(strip);
+        // A run loads the halo above it once: long where there are strips enough for every multiprocessor.
+        const int64_t strips = strips_of<Strip>(p) * ceil_div(p.channels, kChannels), run = ceil_div(p.height * strips, kEnoughBlocks);
+        const int64_t length = std::min(std::clamp<int64_t>(run, 14, 1024), p.height);
+        constexpr int bytes = kStripBytes<T, Strip>;
+        if (const int status = allow_shared_bytes(forward_strips<T, Strip>, bytes)) return status;
+        forward_strips<T, Strip>
+            <<<grid(strips * ceil_div(p.height, length)), Strip::kThreads, bytes, stream>>>(p, steps_of<T, Strip>(p), length);
+        return launch_status();
+      });
   const int64_t taps = p.kernel * p.kernel, row = padded(p.channels, kChannelMultiple);
   if (const int status = launch_pack_weights<accum_t<T>>(p.weight, taps, p.channels, row, p.flip, p.packed, stream)) return status;
   forward_sites<T><<<grid(ceil_div(p.batch * p.height * p.width * p.channels, kThreads)), kThreads, 0, stream>>>(p);
   return launch_status();
-}
-
-// ---- weight gradient, K = 7: a warp a row of the kernel, a channel a lane ----------------------------------------------------
-// Sums lie as (parts, 50, padded C), the last row for the bias; a part is a run of tiles.
-template <class T, class Tile>
-__global__ void __launch_bounds__(kWarp* kTaps) weight_tiles(DepthwiseConvWeightGrad p, Tiles tiles) {
-  constexpr int threads = kWarp * kTaps;
-  extern __shared__ __align__(16) unsigned char bytes[];
-  T *const ring = reinterpret_cast<T*>(bytes), *const grad_tile = ring + Tile::kRingSize;
-  const int c = threadIdx.x % kWarp, kernel_row = threadIdx.x / kWarp;
-  const int64_t row = padded(p.channels, kChannelMultiple), count = p.batch * tiles.columns * tiles.rows;
-  for (int64_t task = blockIdx.x; task < p.parts * tiles.groups; task += gridDim.x) {
-    const int64_t part = task / tiles.groups, c0 = task % tiles.groups * kChannels, begin = count * part / p.parts;
-    float sum[kTaps] = {}, bias = 0;
-    int slot = 0;
-    for (int64_t index = begin; index < count * (part + 1) / p.parts; ++index) {
-      const int64_t image = index / tiles.rows / tiles.columns, w0 = index / tiles.rows % tiles.columns * Tile::kColumns;
-      const int64_t h0 = index % tiles.rows * Tile::kRows, map = image * p.height * p.width * p.channels;
-      const int kept = index == begin || h0 == 0 ? 0 : 2 * kRadius;  // rows of the halo that the tile before has loaded
-      slot = kept > 0 ? (slot + Tile::kRows) % Tile::kRing : 0;
-      __syncthreads();  // the tile before may still be read
-      Tile::template stage<threads, Tile::kWidth>(static_cast<const T*>(p.x) + map, p.height, p.width, p.channels, c0, h0 - kRadius + kept,
-                                                  Tile::kRing - kept, w0 - kRadius, (slot + kept) % Tile::kRing, Tile::kRing,
-                                                  Tile::kRingRow, ring);
-      Tile::template stage<threads, Tile::kColumns>(static_cast<const T*>(p.grad) + map, p.height, p.width, p.channels, c0, h0, Tile::kRows,
-                                                    w0, 0, Tile::kRows, Tile::kColumns * kChannels, grad_tile);
-      finish_copies();
-      const int rows = p.height - h0 < Tile::kRows ? static_cast<int>(p.height - h0) : Tile::kRows;
-#pragma unroll 1
-      for (int y = 0; y < rows; ++y) {
-        float grad[Tile::kColumns], row_sum[kTaps] = {};  // a row at a time: one long sum would round two or three times as badly
-#pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) grad[j] = widen(grad_tile[(y * Tile::kColumns + j) * kChannels + c]);
-        if (kernel_row == 0) {  // one warp's work, and the sum of no other is written
-#pragma unroll
-          for (int j = 0; j < Tile::kColumns; ++j) bias += grad[j];
-        }
-        const int place = (slot + y + kernel_row) % Tile::kRing;
-        const T* from = ring + place * Tile::kRingRow + c;
-#pragma unroll
-        for (int column = 0; column < Tile::kWidth; ++column) {
-          const float v = widen(from[column * kChannels]);
-#pragma unroll
-          for (int k = 0; k < kTaps; ++k)
-            if (column - k >= 0 && column - k < Tile::kColumns) row_sum[k] += grad[column - k] * v;
-        }
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) sum[k] += row_sum[k];
-      }
-    }
-    if (c0 + c >= p.channels) continue;
-    float* to = static_cast<float*>(p.workspace) + part * (kTapCount + 1) * row + c0 + c;
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) to[(kernel_row * kTaps + k) * row] = sum[k];
-    if (kernel_row == 0) to[kTapCount * row] = bias;
-  }
 }
 
 // ---- weight gradient, any K: a thread a channel and tap ------------------------------------------------------------
@@ -149,19 +99,22 @@ __global__ void weight_taps(DepthwiseConvWeightGrad p) {
 template <class T>
 int weight_grad(const DepthwiseConvWeightGrad& p, cudaStream_t stream) {
   const int64_t taps = p.kernel * p.kernel;
-  const int fast = with_tile<T>(p, aligned(16, p.x, p.grad), [&](auto tile) {
-    using Tile = decltype(tile);
-    const Tiles tiles = tiles_of<Tile>(p.height, p.width, p.channels);
-    constexpr int bytes = (Tile::kRingSize + Tile::kSize) * sizeof(T);
-    if (const int status = allow_shared_bytes(weight_tiles<T, Tile>, bytes)) return status;
-    weight_tiles<T, Tile><<<grid(p.parts * tiles.groups), kWarp * kTaps, bytes, stream>>>(p, tiles);
-    return launch_status();
-  });
-  if (fast > 0) return fast;
-  if (fast < 0) {
+  int status = -1;
+  if constexpr (sizeof(T) <= 4)
+    if (fast<T>(p, p.x, p.grad))
+      status = with_strip<T>(p, [&](auto strip) {
+        using Strip = decltype(strip);
+        constexpr int bytes = kWeightBytes<T, Strip>;
+        if (const int status = allow_shared_bytes(weight_tiles<T, Strip>, bytes)) return status;
+        weight_tiles<T, Strip>
+            <<<grid(p.parts * ceil_div(p.channels, kChannels)), Strip::kThreads, bytes, stream>>>(p, steps_of<T, Strip>(p));
+        return launch_status();
+      });
+  if (status < 0) {
     weight_taps<T><<<grid(ceil_div(p.parts * (taps + 1) * p.channels, kThreads)), kThreads, 0, stream>>>(p);
-    if (const int status = launch_status()) return status;
+    status = launch_status();
   }
+  if (status) return status;
   return launch_add_weight_parts<accum_t<T>>(p.workspace, p.parts, taps, p.channels, padded(p.channels, kChannelMultiple), p.grad_weight,
                                              p.grad_bias, stream);
 }
@@ -169,9 +122,12 @@ int weight_grad(const DepthwiseConvWeightGrad& p, cudaStream_t stream) {
 // ---- the LayerNorm of each site's channels: one sample of as many tokens as there are sites -----------------------------------
 template <class T>
 int forward_layer_norm(const DepthwiseConvLayerNorm& p, cudaStream_t stream) {
-  const int fast = with_tile<T>(p.conv, aligned(16, p.conv.x, p.conv.y, p.out, p.ln_weight, p.ln_bias),
-                                [&](auto tile) { return launch_norm_strips<T, decltype(tile)>(p, stream); });
-  if (fast >= 0) return fast;
+  if constexpr (sizeof(T) <= 4)
+    if (fast<T>(p.conv, p.conv.x, p.conv.y, p.out, p.ln_weight, p.ln_bias)) {
+      const int status =
+          p.conv.width <= 7 ? launch_norm_strips<T, Tile<T, 1, 4>>(p, stream) : launch_norm_strips<T, Tile<T, 2, 7>>(p, stream);
+      if (status >= 0) return status;
+    }
   if (const int status = forward<T>(p.conv, stream)) return status;
   NormForward n{};
   n.batch = 1, n.tokens = p.conv.batch * p.conv.height * p.conv.width, n.width = p.conv.channels, n.eps = p.eps;

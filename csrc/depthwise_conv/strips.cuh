@@ -1,5 +1,6 @@
-// The 7x7 convolution of float32 and the halves: a block goes down a strip of the map, tile by tile, for 32 channels. The tile's rows of
-// x and the halo around them lie in a ring in shared memory, so that going on to the next tile loads new rows only.
+// The 7x7 convolution of float32 and the halves by tiles, for the LayerNorm after it (strips_layer_norm.cuh): a block goes down a strip of
+// the map, tile by tile, for 32 channels. The tile's rows of x and the halo around them lie in a ring in shared memory, so that going on
+// to the next tile loads new rows only.
 #pragma once
 #include "common/depthwise.cuh"
 #include "depthwise_conv/depthwise_conv.h"
@@ -16,7 +17,7 @@ struct Tile {
   static constexpr int kRing = kRows + 2 * kRadius, kWidth = kColumns + 2 * kRadius;  // of x, with the halo
   // In elements of T. One unit across: the two units of a warp are two rows apart, and must not meet in the same banks.
   static constexpr int kRingRow = kWidth * kChannels + (Across == 1 && sizeof(T) == 2 ? 16 : 0);
-  static constexpr int kRingSize = kRing * kRingRow, kSize = kRows * kColumns * kChannels;
+  static constexpr int kRingSize = kRing * kRingRow;
 
   // Copies `rows` rows of a map from row `first` on, Width columns from `column` on, zeros outside the map, to a ring of `slots` rows of
   // `shared_row` elements, the first into slot `slot`. A thread keeps its column and channels and goes down.
@@ -58,7 +59,7 @@ Tiles tiles_of(int64_t height, int64_t width, int64_t channels) {
   return {ceil_div(height, Tile::kRows), ceil_div(width, Tile::kColumns), ceil_div(channels, kChannels)};
 }
 
-// ---- forward and input gradient, K = 7 --------------------------------------------------------------------------------------
+// ---- the convolution --------------------------------------------------------------------------------------
 // A half warp has a unit, two channels a lane.
 template <class T, class Tile>
 constexpr int kForwardThreads = Tile::kRows / Tile::kUnitRows * (Tile::kColumns / Tile::kUnitColumns) * kChannels / 2;
@@ -72,12 +73,12 @@ struct Place {  // of a thread: its unit in the tile, its channels in the group
 };
 
 // Tiles down a strip, one after the other: rows `first` to `last` - 1 of a map, from column `w0` on.
-struct Run {
+struct TileRun {
   int64_t image, w0, first, last;
 };
 // The index-th of the runs of `length` tiles that all strips are cut into.
 template <class Tile>
-__device__ __forceinline__ Run run_of(const DepthwiseConv& p, const Tiles& tiles, int64_t length, int64_t index) {
+__device__ __forceinline__ TileRun run_of(const DepthwiseConv& p, const Tiles& tiles, int64_t length, int64_t index) {
   const int64_t runs = ceil_div(tiles.rows, length), strip = index / runs, first = index % runs * length * Tile::kRows;
   const int64_t last = first + length * Tile::kRows;
   return {strip / tiles.columns, strip % tiles.columns * Tile::kColumns, first, last < p.height ? last : p.height};
@@ -85,7 +86,7 @@ __device__ __forceinline__ Run run_of(const DepthwiseConv& p, const Tiles& tiles
 
 // Convolves the channels from c0 on. `use` gets the first row of each tile and what the thread has of it: two channels of its unit.
 template <class T, class Tile, class F>
-__device__ __forceinline__ void convolve(const DepthwiseConv& p, const Run& run, int64_t c0, unsigned char* bytes, const F& use) {
+__device__ __forceinline__ void convolve(const DepthwiseConv& p, const TileRun& run, int64_t c0, unsigned char* bytes, const F& use) {
   constexpr int threads = kForwardThreads<T, Tile>, rows = Tile::kUnitRows, columns = Tile::kUnitColumns;
   T* const ring = reinterpret_cast<T*>(bytes);
   float* const weights = reinterpret_cast<float*>(bytes + Tile::kRingSize * sizeof(T));
@@ -138,7 +139,7 @@ __device__ __forceinline__ void convolve(const DepthwiseConv& p, const Run& run,
 
 // Writes a thread's two channels of its unit to y, as far as the map has them.
 template <class T, class Tile>
-__device__ __forceinline__ void store_unit(const DepthwiseConv& p, const Run& run, int64_t c0, int64_t h0,
+__device__ __forceinline__ void store_unit(const DepthwiseConv& p, const TileRun& run, int64_t c0, int64_t h0,
                                            const float (&sum)[Tile::kUnitRows][Tile::kUnitColumns][2]) {
   const Place<Tile> place;
   const int64_t h = h0 + place.row, w = run.w0 + place.column;
@@ -151,18 +152,6 @@ __device__ __forceinline__ void store_unit(const DepthwiseConv& p, const Run& ru
 #pragma unroll
     for (int j = 0; j < Tile::kUnitColumns; ++j, y += p.channels)
       if (j < inside) store(y, 2, true, sum[i][j]);
-  }
-}
-
-// A block has a run of `length` tiles and a group of channels.
-template <class T, class Tile>
-__global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills) forward_strips(DepthwiseConv p, Tiles tiles, int64_t length) {
-  extern __shared__ __align__(16) unsigned char bytes[];
-  const int64_t tasks = p.batch * tiles.columns * ceil_div(tiles.rows, length) * tiles.groups;
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const Run run = run_of<Tile>(p, tiles, length, task / tiles.groups);
-    const int64_t c0 = task % tiles.groups * kChannels;
-    convolve<T, Tile>(p, run, c0, bytes, [&](int64_t h0, const auto& sum) { store_unit<T, Tile>(p, run, c0, h0, sum); });
   }
 }
 

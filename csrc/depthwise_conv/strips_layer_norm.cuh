@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, Tile>, kNoSpills)
   const Place<Tile> place;
   const int own_site = (place.row + place.lane / columns) * width + place.column + place.lane % columns;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const Run run = run_of<Tile>(conv, tiles, length, task);
+    const TileRun run = run_of<Tile>(conv, tiles, length, task);
     for (int64_t c0 = 0; c0 < channels; c0 += kChannels) {
       const Merges merges(place.channel, channels - c0);
       const float before = static_cast<float>(c0), total = static_cast<float>(channels - c0 < kChannels ? channels : c0 + kChannels);
