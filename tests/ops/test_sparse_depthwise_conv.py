@@ -80,6 +80,7 @@ CASES += [
     case(patches(2, n=9), 160, label="several tasks"),
     case(patches(1, n=9, grid=(7, 7)), 96, label="several tasks"),
     case(patches(1, n=8, grid=(12, 12)), 24, label="several windows a part"),
+    case(from_visible(torch.ones(1, 2, 20, dtype=torch.bool), 4), 8, label="the first block far from one under it"),
     case(patches(4), 36, bias=False, label="without bias"),
     case(patches(8), 17, label="large mean", offset=30.0),
     case(patches(1), 17, label="small values", scale=1e-3),
