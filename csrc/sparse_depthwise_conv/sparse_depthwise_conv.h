@@ -58,10 +58,11 @@ struct SparseDepthwiseKernels {
 CONVDIT_CPU_TABLE(SparseDepthwiseKernels, sparse_depthwise)
 
 namespace cuda {
-// The same for the CUDA kernels: enough blocks of 32 channels for every multiprocessor, at least 128 sites a part.
+// The same for the CUDA kernels: enough blocks of 32 channels for every multiprocessor, at least 256 sites a part, the longest window of
+// the kernels, so that no part is empty.
 inline int64_t sparse_depthwise_parts(int64_t blocks, int64_t block, int64_t channels) {
-  const int64_t windows = (blocks * block * block + 127) / 128, wanted = 1024 / ((channels + 31) / 32);
-  return windows < wanted ? windows : wanted < 1 ? 1 : wanted;
+  const int64_t most = (blocks * block * block + 255) / 256, wanted = 1024 / ((channels + 31) / 32);
+  return most < wanted ? most : wanted < 1 ? 1 : wanted;
 }
 // Enqueue on `stream`; return cudaError_t.
 int sparse_depthwise_forward(const SparseDepthwise&, void* stream);

@@ -80,6 +80,7 @@ CASES += [
     case(patches(2, n=9), 160, label="several tasks"),
     case(patches(1, n=9, grid=(7, 7)), 96, label="several tasks"),
     case(patches(1, n=8, grid=(12, 12)), 24, label="several windows a part"),
+    case(from_visible(torch.ones(1, 2, 20, dtype=torch.bool), 4), 8, label="the first block far from one under it"),
     case(patches(4), 36, bias=False, label="without bias"),
     case(patches(8), 17, label="large mean", offset=30.0),
     case(patches(1), 17, label="small values", scale=1e-3),
@@ -88,6 +89,10 @@ OTHERS = [(8, 3), (4, 5), (2, 9), (1, 1), (1, 3), (3, 7), (16, 7), (5, 31)]  # b
 CASES += [case(patches(block), 20, kernel) for block, kernel in OTHERS]
 SMALL = [case(patches(block, grid=(2, 3)), 3, kernel) for block, kernel in [(2, 7), (1, 7), (2, 3)]]
 LAYERS = [case(patches(block, grid=(3, 3)), 19) for block in (8, 4, 2, 1)]
+MANY_SITES = [
+    case(patches(block, grid=grid), 8, label="many sites", offset=3.0)
+    for block, grid in [(16, (8, 8)), (8, (16, 16)), (4, (32, 32)), (2, (64, 64))]
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -99,6 +104,12 @@ def test_equals_reference_in_float64(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_rule(case, dtype):
     harness.assert_error_rule(case, dtype)
+
+
+@pytest.mark.parametrize("case", MANY_SITES, ids=str)
+def test_gradients_over_many_sites_are_no_long_sums(case):
+    """Thousands of terms taken one after the other would round worse than PyTorch's sums do."""
+    harness.assert_error_rule(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

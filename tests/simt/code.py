@@ -26,7 +26,7 @@ FAST = [
     ("depthwise_conv", r"forward_norm_strips<", (COPY, LOAD, STORE)),
     ("grn", r"sum_tiles<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
     ("grn", r"apply_(forward|backward)<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
-    ("sparse_depthwise_conv", r"(forward|weight)_(windows|pairs)<", (COPY,)),
+    ("sparse_depthwise_conv", r"(forward|weight)_strips<", (COPY,)),
 ]
 
 
