@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Function(torch.autograd.Function):
 
     PyTorch binds the arguments of such a function by its signature at every call, which takes several times as long as
     the rest of the call. Outside torch.func and torch.compile, `apply` is therefore that of a twin that has the two
-    methods in one.
+    methods in one, and whose backward is not wrapped by `once_differentiable` where no graph of it is asked for.
     """
 
     generate_vmap_rule = True
@@ -125,8 +126,16 @@ class Function(torch.autograd.Function):
             cls.setup_context(ctx, args, output)
             return output
 
-        plain = staticmethod(torch.autograd.Function.setup_context)
-        methods = {"forward": staticmethod(forward), "setup_context": plain}
+        once, unwrapped = cls.backward, inspect.unwrap(cls.backward)
+
+        def backward(ctx, *grads):
+            return (once if torch.is_grad_enabled() else unwrapped)(ctx, *grads)
+
+        plain = torch.autograd.Function.setup_context
+        methods = {
+            name: staticmethod(f)
+            for name, f in (("forward", forward), ("setup_context", plain), ("backward", backward))
+        }
         cls._twin = type(cls.__name__, (cls,), methods | {"__module__": cls.__module__})
 
     @classmethod

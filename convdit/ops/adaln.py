@@ -133,7 +133,7 @@ class _GatedResidual(Function):
     @once_differentiable
     def backward(ctx, grad):
         y, gate = ctx.saved_tensors
-        grad_y, grad_gate = library.gated_residual_bwd(grad, y, gate)
+        grad_y, grad_gate = library.gated_residual_bwd.default(grad, y, gate)
         return grad, grad_y, grad_gate if gate.dtype == grad_gate.dtype else grad_gate.to(gate.dtype)
 
 

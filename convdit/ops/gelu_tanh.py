@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import Function, check_floating, library, needs_grad, parameter
+from ._common import Function, check_floating, check_tensor, library, needs_grad, parameter
 
 
 def gelu_tanh(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
@@ -33,15 +33,23 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) ->
     """
     check_floating("x", x)
     if bias is not None:
-        bias = parameter("bias", bias, x)
+        check_tensor("bias", bias)
     if x.device.type != "cpu":
-        return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate="tanh")
+        return F.gelu(x if bias is None else x + parameter("bias", bias, x).to(x.dtype), approximate="tanh")
     if needs_grad(x, bias):
         return _GeluTanh.apply(x, bias)
+    bias = _kernel_bias(bias, x)
     if overwrite and not torch.compiler.is_compiling() and x.is_contiguous():
         library.gelu_tanh_(x, bias)
         return x
     return library.gelu_tanh_fwd(x, bias)
+
+
+def _kernel_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """The bias as kernels take it. Inside the autograd function, so that no node of its own casts the gradient back."""
+    if bias is None or bias.dtype is x.dtype:
+        return bias
+    return parameter("bias", bias, x)
 
 
 @torch.library.register_fake("convdit::gelu_tanh_fwd")
@@ -81,7 +89,7 @@ for _name in ("gelu_tanh_fwd", "gelu_tanh_bwd"):
 class _GeluTanh(Function):
     @staticmethod
     def forward(x, bias):
-        return library.gelu_tanh_fwd(x, bias)
+        return library.gelu_tanh_fwd(x, _kernel_bias(bias, x))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,8 +99,10 @@ class _GeluTanh(Function):
     @once_differentiable
     def backward(ctx, grad):
         x, bias = ctx.saved_tensors
-        grad_x = library.gelu_tanh_bwd(grad, x, bias)
+        grad_x = library.gelu_tanh_bwd.default(grad, x, _kernel_bias(bias, x))
         if not ctx.needs_input_grad[1]:
             return grad_x, None
+        if grad_x.dim() > 1 and bias.dtype is grad_x.dtype:
+            return grad_x, grad_x.sum_to_size(bias.shape)  # in half the time of the general way
         rows = grad_x.flatten(0, -2) if grad_x.dim() > 1 else grad_x[None]
         return grad_x, rows.sum(0, dtype=bias.dtype)

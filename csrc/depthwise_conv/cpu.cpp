@@ -115,12 +115,26 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t pl
   const Map map{p.height, p.width, p.channels, p.kernel};
   const Plane c = plane_channels<A>(p.channels, plane);
   const Plane next = plane_channels<A>(p.channels, smaller(plane + 1, plane_count<A>(p.channels) - 1));
+  const WeightNarrow<A> narrow =
+      p.width <= kMaxPair && p.height <= kMaxNarrowRows ? tiles_for<A>(p.kernel, kAlone).narrow[p.width] : nullptr;
   for (int64_t i = 0; i <= p.kernel * p.kernel; ++i) store(total + i * lanes<A>, Vec<A>{});
   const Range all = part_of(p.batch * p.height, p.parts, part);
   for (int64_t image = all.first / p.height; image * p.height < all.last; ++image) {
     const int64_t offset = image * p.height * p.width * p.channels + c.first;
     const Range band = {larger(0, all.first - image * p.height), smaller(p.height, all.last - image * p.height)};
     const T *grad = static_cast<const T*>(p.grad) + offset, *x = static_cast<const T*>(p.x) + offset;
+    if (narrow != nullptr && 2 * (band.last - band.first) > p.height) {  // of fewer rows the copies would take longer than the sums
+      alignas(kVectorBytes) A copies[2][kMaxNarrowRows * larger(kMaxPair, 1) * lanes<A>];
+      const int64_t size = p.height * p.width * p.channels, first = all.first / p.height;
+      read_row(x, p.channels, p.height * p.width, c.lanes, copies[0]);
+      read_row(grad + band.first * p.width * p.channels, p.channels, (band.last - band.first) * p.width, c.lanes, copies[1]);
+      // The next image, or the next plane of the first one.
+      const int64_t to = (image + 1) * p.height < all.last ? size : next.first - c.first - (image - first) * size;
+      narrow({copies[0], copies[1], p.height, band.first, band.last, reinterpret_cast<const char*>(x + to),
+              reinterpret_cast<const char*>(grad + to), p.channels * static_cast<int64_t>(sizeof(T))},
+             total);
+      continue;
+    }
     const NextPlane<T> ahead(x, grad, map, c, next, map_bytes<T>(p));
     pass_rows<false>(x, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
       alignas(kVectorBytes) A row[kStrip * lanes<A>];

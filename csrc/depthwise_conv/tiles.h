@@ -30,7 +30,7 @@ struct TileRows {
 };
 
 // ---- forward: out[column] = start + sum of weight * x ------------------------------------------------------------
-constexpr int kMaxPair = kVectorRegisters == 32 ? 7 : 0;  // columns of a tile of two rows: their sums and weights fill the registers
+constexpr int kMaxPair = kVectorRegisters == 32 ? 7 : 0;  // columns of a tile of two rows: what it sums up fills the registers
 
 // A narrow tile sums odd and even taps apart: with fewer than ten chains of dependent FMAs the units would wait. Not where rows
 // also go in pairs: a row's sums must not depend on whether it does.
@@ -136,6 +136,54 @@ __attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad
   add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);
 }
 
+// A map of one vector of channels that is as narrow as a tile, with copies of x and grad, (rows, columns, lanes): read in place, lines
+// a site's channels apart share a few sets of the first-level cache and evict one another.
+template <class A>
+struct NarrowMap {
+  const A *x, *grad;  // grad: `rows` alone
+  int64_t height, first, last;
+  const char *next_x, *next_grad;  // the sites of the map to come, fetched a row at a time
+  int64_t next_step;               // bytes from site to site
+};
+constexpr int64_t kMaxNarrowRows = 7;  // the sums of more would be less exact
+
+// A kernel row's sums stay in registers for all rows of the map, odd and even rows apart: twice as many chains of products.
+template <class A, int Columns>
+__attribute__((noinline)) void weight_narrow_7(const NarrowMap<A>& m, A* total) {
+  constexpr int64_t row_size = Columns * lanes<A>;
+  for (int64_t k = 0; k < 7; ++k) {
+    Vec<A> sum[2][7] = {};
+    const auto add = [&]<int Chain>(int64_t row) CONVDIT_FLAT {
+      const A *x = m.x + (row + k - 3) * row_size, *grad = m.grad + (row - m.first) * row_size;
+      Vec<A> g[Columns];
+      unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * lanes<A>); });
+      unroll<Columns>(CONVDIT_UNROLLED(C) {
+        const Vec<A> v = load(x + C * lanes<A>);
+        unroll<7>(CONVDIT_UNROLLED(K) {
+          constexpr int column = C + 3 - K;
+          if constexpr (column >= 0 && column < Columns) sum[Chain][K] += v * g[column];
+        });
+      });
+    };
+    int64_t row = larger(m.first, 3 - k);
+    const int64_t last = smaller(m.last, m.height + 3 - k);
+    for (; row + 1 < last; row += 2) add.template operator()<0>(row), add.template operator()<1>(row + 1);
+    if (row < last) add.template operator()<0>(row);
+    A* to = total + k * 7 * lanes<A>;
+    unroll<7>(CONVDIT_UNROLLED(I) { store(to + I * lanes<A>, load(to + I * lanes<A>) + (sum[0][I] + sum[1][I])); });
+    if (k >= m.height) continue;
+    unroll<Columns>(CONVDIT_UNROLLED(I) {
+      __builtin_prefetch(m.next_x + (k * Columns + I) * m.next_step, 0, 2);
+      __builtin_prefetch(m.next_grad + (k * Columns + I) * m.next_step, 0, 2);
+    });
+  }
+  for (int64_t row = 0; row < m.last - m.first; ++row) {
+    Vec<A> g[Columns];
+    unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(m.grad + row * row_size + I * lanes<A>); });
+    add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);
+  }
+}
+
 template <class A, int Columns>
 __attribute__((noinline)) void weight_tile(const TileRows<A>& t, const A* grad, int64_t grad_step, A* total) {
   Vec<A> g[Columns];
@@ -159,16 +207,19 @@ template <class A>
 using ForwardPair = void (*)(const TileRows<A>&, const A* weight, Vec<A> start, A* out, int64_t out_step, int64_t out_row);
 template <class A>
 using WeightTile = void (*)(const TileRows<A>&, const A* grad, int64_t grad_step, A* total);
+template <class A>
+using WeightNarrow = void (*)(const NarrowMap<A>&, A* total);
 
 template <class A>
 struct Tiles {
   ForwardTile<A> forward[kMaxTile + 1];
   WeightTile<A> weight[kMaxTile + 1];
   ForwardPair<A> pair[kMaxTile + 1];  // null where two rows do not fit
+  WeightNarrow<A> narrow[kMaxTile + 1];  // likewise
 };
 template <class A, int... I>
 constexpr Tiles<A> make_tiles(std::integer_sequence<int, I...>) {
-  return {{nullptr, forward_tile<A, I + 1>...}, {nullptr, weight_tile<A, I + 1>...}, {}};
+  return {{nullptr, forward_tile<A, I + 1>...}, {nullptr, weight_tile<A, I + 1>...}, {}, {}};
 }
 // A strip of columns is cut into tiles of equal width but for one: a tile with neighbours has at least half of kMaxTile columns.
 constexpr bool tile_exists(int columns, int side) { return side == kAlone || columns >= kMaxTile / 2; }
@@ -177,11 +228,17 @@ constexpr ForwardPair<float> forward_pair() {
   if constexpr (Side == kAlone && Columns <= kMaxPair) return forward_pair_7<float, Columns>;
   else return nullptr;
 }
+template <int Columns, int Side>
+constexpr WeightNarrow<float> weight_narrow() {
+  if constexpr (Side == kAlone && Columns <= kMaxPair) return weight_narrow_7<float, Columns>;
+  else return nullptr;
+}
 template <int Side, int... I>
 constexpr Tiles<float> make_tiles_7(std::integer_sequence<int, I...>) {
   return {{nullptr, forward_tile_7 < float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side > ...},
           {nullptr, weight_tile_7 < float, tile_exists(I + 1, Side) ? I + 1 : kMaxTile, Side > ...},
-          {nullptr, forward_pair<I + 1, Side>()...}};
+          {nullptr, forward_pair<I + 1, Side>()...},
+          {nullptr, weight_narrow<I + 1, Side>()...}};
 }
 using TileWidths = std::make_integer_sequence<int, kMaxTile>;
 template <class A>

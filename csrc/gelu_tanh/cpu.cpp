@@ -2,6 +2,8 @@
 // keeps its digits where 1 + tanh would cancel.
 #include "gelu_tanh/gelu_tanh.h"
 
+#include <type_traits>
+
 #include "common/simd.h"
 
 namespace convdit::CONVDIT_LEVEL {
@@ -25,31 +27,32 @@ void for_all(const Params& p, const Runner& run, const F& f) {
   });
 }
 
-template <bool Bias, class T>
+// B: the bias's type, void where there is none.
+template <class B, class T>
 void forward(const GeluTanh& p, const Runner& run) {
   using A = accum_t<T>;
   const T* x = static_cast<const T*>(p.x);
-  const A* bias = static_cast<const A*>(p.bias);
+  const B* bias = static_cast<const B*>(p.bias);
   T* y = static_cast<T*>(p.y);
   for_all<A>(p, run, [&](int64_t at, int64_t column, int64_t n, auto full) __attribute__((always_inline)) {
     constexpr bool kFull = decltype(full)::value;
     Vec<A> v = load_lanes<kFull>(x + at, n);
-    if constexpr (Bias) v += load_lanes<kFull>(bias + column, n);
+    if constexpr (!std::is_void_v<B>) v += load_lanes<kFull>(bias + column, n);
     const Vec<A> e = exp(-v * (static_cast<A>(kSlope) + static_cast<A>(kCube) * (v * v)));
     store_lanes<kFull>(y + at, v / (1 + e), n);
   });
 }
 
-template <bool Bias, class T>
+template <class B, class T>
 void backward(const GeluTanhBackward& p, const Runner& run) {
   using A = accum_t<T>;
   const T *grad = static_cast<const T*>(p.grad), *x = static_cast<const T*>(p.x);
-  const A* bias = static_cast<const A*>(p.bias);
+  const B* bias = static_cast<const B*>(p.bias);
   T* grad_x = static_cast<T*>(p.grad_x);
   for_all<A>(p, run, [&](int64_t at, int64_t column, int64_t n, auto full) __attribute__((always_inline)) {
     constexpr bool kFull = decltype(full)::value;
     Vec<A> v = load_lanes<kFull>(x + at, n);
-    if constexpr (Bias) v += load_lanes<kFull>(bias + column, n);
+    if constexpr (!std::is_void_v<B>) v += load_lanes<kFull>(bias + column, n);
     v = vmin(splat(static_cast<A>(kFlat)), vmax(splat(static_cast<A>(-kFlat)), v));  // in this order a NaN stays one
     const Vec<A> square = v * v, e = exp(-v * (static_cast<A>(kSlope) + static_cast<A>(kCube) * square)), s = 1 / (1 + e);
     const Vec<A> slope = static_cast<A>(kSlope) + 3 * static_cast<A>(kCube) * square;
@@ -57,11 +60,21 @@ void backward(const GeluTanhBackward& p, const Runner& run) {
   });
 }
 
+// f(bias, x), of their types: the bias comes in the accumulate dtype or, `narrow`, in x's.
+template <class Params, class F>
+void dispatch_both(const Params& p, const F& f) {
+  dispatch(p.dtype, [&](auto x) {
+    using T = decltype(x);
+    if (p.bias == nullptr) f(std::type_identity<void>{}, x);
+    else if (sizeof(T) == 2 && p.narrow_bias) f(std::type_identity<T>{}, x);
+    else f(std::type_identity<accum_t<T>>{}, x);
+  });
+}
 void dispatch_forward(const GeluTanh& p, const Runner& run) {
-  dispatch(p.dtype, [&](auto x) { p.bias != nullptr ? forward<true, decltype(x)>(p, run) : forward<false, decltype(x)>(p, run); });
+  dispatch_both(p, [&](auto bias, auto x) { forward<typename decltype(bias)::type, decltype(x)>(p, run); });
 }
 void dispatch_backward(const GeluTanhBackward& p, const Runner& run) {
-  dispatch(p.dtype, [&](auto x) { p.bias != nullptr ? backward<true, decltype(x)>(p, run) : backward<false, decltype(x)>(p, run); });
+  dispatch_both(p, [&](auto bias, auto x) { backward<typename decltype(bias)::type, decltype(x)>(p, run); });
 }
 
 }  // namespace

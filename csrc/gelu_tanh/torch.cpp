@@ -6,12 +6,19 @@
 namespace convdit {
 namespace {
 
-// The last size of x and, if given, its bias (contiguous on return).
-int64_t check_bias(std::optional<Tensor>& bias, const Tensor& x) {
+// The last size of x and, if given, its bias (contiguous on return), in the accumulate dtype or in x's.
+int64_t check_bias(std::optional<Tensor>& bias, const Tensor& x, bool& narrow) {
+  narrow = bias && bias->scalar_type() == x.scalar_type() && x.element_size() == 2;
   if (!bias) return 0;
   CONVDIT_CHECK(x.dim() >= 1, "x: expected at least 1 dimension beside a bias, got shape ", describe(x));
   const int64_t width = x.size(x.dim() - 1);
-  bias = check_parameter("bias", *bias, {width}, x);
+  if (!narrow) {
+    bias = check_parameter("bias", *bias, {width}, x);
+    return width;
+  }
+  check_same_device("bias", *bias, "x", x);
+  check_shape("bias", *bias, {width});
+  bias = dense(*bias);
   return width;
 }
 const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -19,8 +26,9 @@ const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr(
 void run_forward(const Tensor& x, const std::optional<Tensor>& bias_in, const Tensor& y) {
   const DType dtype = dtype_of("x", x);
   std::optional<Tensor> bias = bias_in;
-  const int64_t width = check_bias(bias, x);
-  const GeluTanh p{x.numel(), width, dtype, x.const_data_ptr(), data(bias), y.mutable_data_ptr()};
+  bool narrow = false;
+  const int64_t width = check_bias(bias, x, narrow);
+  const GeluTanh p{x.numel(), width, dtype, narrow, x.const_data_ptr(), data(bias), y.mutable_data_ptr()};
   if (x.numel() > 0) CONVDIT_RUN(gelu_tanh, forward, x, p);
 }
 
@@ -41,9 +49,11 @@ Tensor gelu_tanh_bwd(const Tensor& grad_in, const Tensor& x_in, const std::optio
   check_dtype("grad", grad_in, x_in.scalar_type());
   check_same_device("grad", grad_in, "x", x_in);
   std::optional<Tensor> bias = bias_in;
-  const int64_t width = check_bias(bias, x_in);
+  bool narrow = false;
+  const int64_t width = check_bias(bias, x_in, narrow);
   const Tensor grad = dense(grad_in), x = dense(x_in), grad_x = allocate_like(x);
-  const GeluTanhBackward p{x.numel(), width, dtype, grad.const_data_ptr(), x.const_data_ptr(), data(bias), grad_x.mutable_data_ptr()};
+  const GeluTanhBackward p{
+      x.numel(), width, dtype, narrow, grad.const_data_ptr(), x.const_data_ptr(), data(bias), grad_x.mutable_data_ptr()};
   if (x.numel() > 0) CONVDIT_RUN(gelu_tanh, backward, x, p);
   return grad_x;
 }

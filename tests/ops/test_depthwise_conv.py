@@ -55,6 +55,8 @@ KERNELS = [(2, 6, 8, 20, 3), (1, 9, 15, 17, 5), (1, 12, 16, 33, 9)]
 CASES = [make(*shape) for shape in [*SHAPES, *KERNELS] for make in (conv_case, norm_case)]
 CASES += [
     conv_case(2, 7, 8, 20, bias=False, name="without bias"),
+    conv_case(3, 7, 7, 520, name="a narrow image in two parts of its sum"),
+    conv_case(3, 5, 6, 520, name="a narrow image in two parts of its sum"),
     norm_case(1, 8, 8, 96, name="large mean", offset=100.0),
     norm_case(5, 8, 7, 72, name="large mean, tiles", offset=100.0),
     conv_case(2, 8, 8, 40, name="small values", scale=1e-4),

@@ -121,6 +121,19 @@ def test_overwrites_where_it_may_and_nothing_sees_it(dtype):
     assert torch.equal(again, kept) and torch.equal(turned, kept.transpose(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_in_halves_is_taken_as_it_is(dtype):
+    x, bias = torch.randn(3, 5, 21).to(dtype), torch.randn(21).to(dtype)
+    grad = torch.randn_like(x)
+    leaves = [(x.clone().requires_grad_(), b.requires_grad_()) for b in (bias, bias.float())]
+    narrow, wide = (ops.gelu_tanh(*pair) for pair in leaves)
+    assert torch.equal(narrow, wide) and torch.equal(ops.gelu_tanh(x, bias.detach()), wide)
+    assert [type(f).__name__ for f, _ in narrow.grad_fn.next_functions] == ["AccumulateGrad"] * 2  # none casts
+    grads = [torch.autograd.grad(y, pair, grad) for y, pair in zip((narrow, wide), leaves, strict=True)]
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert grads[0][1].dtype == dtype and torch.equal(grads[0][1], grads[1][1].to(dtype))
+
+
 def test_repeats_for_any_number_of_threads():
     harness.assert_repeats_for_any_threads(gelu_case(300, 500, bias=True))
 
