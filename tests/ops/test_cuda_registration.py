@@ -6,11 +6,12 @@ import torch
 from convdit import build_info
 
 NAMES = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::"))
-# On other devices the block is its parts and GELU is PyTorch's; fma_probe measures a CPU for the benchmarks; weights
-# are packed for accelerated models on a CPU.
+# On other devices the block is its parts, GELU and matrix products are PyTorch's; fma_probe measures a CPU for the
+# benchmarks; weights are packed for accelerated models on a CPU.
 BLOCK = ("convnext_block_fwd", "convnext_mlp_fwd", "convnext_mlp_bwd")
 GELU = ("gelu_tanh_fwd", "gelu_tanh_", "gelu_tanh_bwd")
-CPU_ONLY = {f"convdit::{name}" for name in (*BLOCK, *GELU, "fma_probe", "packed_linear")}
+LINEAR = ("linear_fwd", "linear_bwd", "packed_linear")
+CPU_ONLY = {f"convdit::{name}" for name in (*BLOCK, *GELU, *LINEAR, "fma_probe")}
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason=f"no CUDA library: {build_info()['cuda_reason']}")
