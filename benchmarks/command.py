@@ -38,7 +38,6 @@ class Child:
         unset = {name for values in MALLOC.values() for name in values}
         environment = {k: v for k, v in os.environ.items() if k not in unset}
         environment |= MALLOC[given.malloc] | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.malloc = given.malloc
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.child", json.dumps(asdict(given))],
