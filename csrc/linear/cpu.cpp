@@ -14,7 +14,7 @@ constexpr int kVectors = 2, kColumns = kVectors * kFloats, kRows = kVectorRegist
 constexpr int kBlockRows = kVectorRegisters == 32 ? 112 : 96;  // of a: whole tiles, and whole vectors
 // Of a packed row: some more than its values, so that the rows of a tile do not all fall in one set of the first-level cache.
 constexpr int kStride = kProductDepth + 16;
-static_assert(kProductColumns % kColumns == 0 && kBlockRows % kRows == 0 && kBlockRows % kFloats == 0);
+static_assert(kProductColumns % kColumns == 0 && kPanelMultiple % kColumns == 0 && kBlockRows % kRows == 0 && kBlockRows % kFloats == 0);
 
 // A square of vectors, as far as it reaches: row i of `to`, lane j, is from[j * stride + i].
 CONVDIT_INLINE void turn_square(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
@@ -94,30 +94,31 @@ void tile_of(int64_t rows, const float* a, const float* b, int64_t depth, int64_
 }
 
 void multiply(const Product& p, const Runner& run) {
-  const int64_t panels = ceil_div(p.n, kColumns), parts = larger(ceil_div(p.k, kProductDepth), 1);
-  const int64_t tiles = ceil_div(p.m, kRows), blocks = ceil_div(tiles, kBlockRows / kRows);
-  // Columns are shared out too where there are few blocks of rows for the threads; each share packs its rows of a again.
-  const int64_t shares = run.threads == 1 ? 1 : smaller(larger(ceil_div(4 * run.threads, larger(blocks, 1)), 1), panels);
-  for (int64_t part = 0; part < parts; ++part) {
-    const Range range = part_of(p.k, parts, part);
-    const int64_t depth = range.last - range.first;
-    run(panels, [&](int64_t panel) {
-      const int64_t column = panel * kColumns;
-      pack_panel(p, range.first, depth, column, smaller(p.n - column, kColumns), p.packed + column * depth);
+  const int64_t all_panels = ceil_div(p.n, kColumns), parts = larger(ceil_div(p.k, kProductDepth), 1);
+  const int64_t groups = ceil_div(p.n, kProductColumns), tiles = ceil_div(p.m, kRows), blocks = ceil_div(tiles, kBlockRows / kRows);
+  for (int64_t step = 0; step < groups * parts; ++step) {
+    const Range columns_here = part_of(all_panels, groups, step / parts), range = part_of(p.k, parts, step % parts);
+    const int64_t depth = range.last - range.first, panels = columns_here.last - columns_here.first;
+    const auto panel_at = [&](int64_t i) { return p.packed + i * kColumns * depth; };
+    run(panels, [&](int64_t i) {
+      const int64_t column = (columns_here.first + i) * kColumns;
+      pack_panel(p, range.first, depth, column, smaller(p.n - column, kColumns), panel_at(i));
     });
+    // Columns are shared out too where there are few blocks of rows for the threads; each share packs its rows of a again.
+    const int64_t shares = run.threads == 1 ? 1 : smaller(larger(ceil_div(4 * run.threads, larger(blocks, 1)), 1), panels);
     run(blocks * shares, [&](int64_t task) {
       alignas(64) float rows_of_a[kBlockRows * kStride];
       const Range some = part_of(tiles, blocks, task / shares), share = part_of(panels, shares, task % shares);
       const int64_t first = some.first * kRows, last = smaller(some.last * kRows, p.m);
       pack_rows(p, first, last - first, range.first, depth, rows_of_a);
-      for (int64_t panel = share.first; panel < share.last; ++panel) {
-        const int64_t column = panel * kColumns, columns = smaller(p.n - column, kColumns);
+      for (int64_t i = share.first; i < share.last; ++i) {
+        const int64_t column = (columns_here.first + i) * kColumns, columns = smaller(p.n - column, kColumns);
         const float* bias = p.bias != nullptr ? p.bias + column : nullptr;
         const auto compute = columns > kFloats ? tile_of<kVectors> : tile_of<1>;
         for (int64_t row = first; row < last; row += kRows) {
           const float* a = rows_of_a + (row - first) * kStride;
           float* c = p.c + row * p.c_row + column;
-          compute(smaller(last - row, kRows), a, p.packed + column * depth, depth, columns, part == 0, bias, c, p.c_row);
+          compute(smaller(last - row, kRows), a, panel_at(i), depth, columns, step % parts == 0, bias, c, p.c_row);
         }
       }
     });

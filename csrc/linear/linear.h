@@ -26,10 +26,12 @@ struct Product {
 
 // Terms that are summed in registers, one after the other; such sums are then added up, which keeps long ones accurate.
 constexpr int64_t kProductDepth = 256;
-constexpr int64_t kProductColumns = 32;  // the most that any level packs together
+// Columns of b that are packed at a time: a multiple of what any level packs together.
+constexpr int64_t kProductColumns = 1024, kPanelMultiple = 32;
 
 constexpr int64_t product_scratch(int64_t n, int64_t k) {
-  return (n + kProductColumns - 1) / kProductColumns * kProductColumns * (k < kProductDepth ? k : kProductDepth);
+  const int64_t columns = (n + kPanelMultiple - 1) / kPanelMultiple * kPanelMultiple;
+  return (columns < kProductColumns ? columns : kProductColumns) * (k < kProductDepth ? k : kProductDepth);
 }
 
 struct LinearKernels {

@@ -39,6 +39,7 @@ CASES = [
     linear_case((3, 49), 96, 384, bias=False),
     linear_case(113, 385, 33),
     linear_case(15, 1700, 31),
+    linear_case(33, 270, 2500),
     linear_case(500, 40, 160),
     linear_case(29, 64, 40, offset=30.0),
     linear_case(2, 3, 5),
