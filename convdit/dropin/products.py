@@ -51,8 +51,7 @@ def mlp(x: Tensor, first: nn.Linear, second: nn.Linear, pack: bool) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> Tensor:
-    pack = pack and not HERE and not torch.is_grad_enabled()
-    return torch.ops.convdit.packed_linear(x, weight, bias) if pack else product(x, weight, bias)
+    return torch.ops.convdit.packed_linear(x, weight, bias) if pack and not HERE else product(x, weight, bias)
 
 
 class _Packed:

@@ -35,7 +35,7 @@ struct AttentionBackward {
   Attention forward;
   const void* grad;  // of out
   void* grad_qkv;    // (B, T, 3D)
-  void* workspace;   // (B, heads, T, 2): log_sum_exp, and delta
+  void* workspace;   // (B, heads, T, 2): log_sum_exp, and delta; the halves' own kernels leave it alone
 };
 
 namespace cuda {

@@ -52,7 +52,8 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
 // Gradients of x and weight; one that is not needed is empty.
 std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight, bool need_x, bool need_weight) {
   check_linear(x, weight);
-  CONVDIT_CHECK(grad.dim() == x.dim() && grad.numel() * x.size(x.dim() - 1) == x.numel() * weight.size(0),
+  CONVDIT_CHECK(grad.dim() == x.dim() && grad.size(grad.dim() - 1) == weight.size(0) &&
+                    grad.numel() * x.size(x.dim() - 1) == x.numel() * weight.size(0),
                 "grad: expected the shape of the result, got ", describe(grad));
   check_same_device("grad", grad, "x", x);
   check_dtype("grad", grad, x.scalar_type());
