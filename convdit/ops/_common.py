@@ -75,6 +75,14 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether x and a weight are float32 on the CPU, outside autocast and torch.compile: nothing is to be cast."""
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return False
+    plain = isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_cpu
+    return plain and x.dtype is torch.float32 is weight.dtype
+
+
 def in_transform() -> bool:
     """Whether a transform of torch.func is at work; torch.compile would take the None of its stack for a value."""
     return isinstance(peek_interpreter_stack(), CInterpreter)

@@ -26,6 +26,7 @@ from ._common import (
     autocast,
     autocast_enabled,
     check_floating,
+    is_plain,
     library,
     needs_grad,
     parameter,
@@ -84,12 +85,11 @@ def convnext_block(
         pwconv2_weight,
         pwconv2_bias,
     )
-    if _is_plain(x, given):  # the operators look at the shapes; asking here first would take as long as a small block
+    if is_plain(x, pwconv1_weight):  # the operators look at the rest; asking here too takes as long as they do
         try:
             return _block(x, given, eps)
-        except RuntimeError:
-            _check(x, given)  # the error in terms of this function's arguments
-            raise
+        except (RuntimeError, AttributeError):
+            pass  # a parameter to be cast, or an error, to be told in terms of this function's arguments
     _check(x, given)
     branch = autocast(x).dtype
     if x.device.type != "cpu" or branch != x.dtype != torch.float32:
@@ -109,16 +109,6 @@ def _block(x: Tensor, arguments: Sequence[Tensor | None], eps: float) -> Tensor:
     if needs_grad(x, *arguments):
         return _ConvnextBlock.apply(x, *arguments, eps)[0]
     return library.convnext_block_fwd(x, *arguments, eps)
-
-
-def _is_plain(x: Tensor, given: Sequence[Tensor | None]) -> bool:
-    """Whether all are float32 on the CPU, outside autocast and torch.compile: nothing is to be cast."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return False
-    for t in (x, *given):
-        if t is not None and not (isinstance(t, Tensor) and t.dtype is torch.float32 and t.is_cpu):
-            return False
-    return True
 
 
 # Halves that this CPU has no products of: the branch is computed in float32, which is several times faster there.

@@ -106,6 +106,12 @@ inline Tensor check_parameter(const char* name, const Tensor& t, std::initialize
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+inline std::optional<Tensor> optional_vector(const char* name, const std::optional<Tensor>& t, int64_t size, const Tensor& x) {
+  if (!t) return t;
+  return check_parameter(name, *t, {size}, x);
+}
+inline const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline int32_t shim_dtype(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }

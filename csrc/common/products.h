@@ -4,39 +4,57 @@
 
 #include "common/checks.h"
 #include "common/cpu_level.h"
+#include "common/matrix.h"
 #include "linear/linear.h"
 
 namespace convdit {
 
 // Smaller ones are not worth packing, and a product with a vector is a sum that MKL cuts finer.
 constexpr int64_t kLargeProduct = 1 << 16, kFewestRows = 16;  // multiply-adds; rows and columns of the result
+// On any processor ours takes less time than the way to PyTorch's.
+constexpr int64_t kTinyProduct = 1 << 14;
 
 // (M, K) times (K, N), the first like x.
 inline bool by_our_product(const Tensor& x, int64_t m, int64_t n, int64_t k) {
-  const bool large = m >= kFewestRows && n >= kFewestRows && m * n * k >= kLargeProduct;
-  return large && x.is_cpu() && x.scalar_type() == ScalarType::Float && own_products();
+  if (!x.is_cpu() || x.scalar_type() != ScalarType::Float) return false;
+  if (m * n * k < kTinyProduct && k <= kProductDepth) return true;
+  return m >= kFewestRows && n >= kFewestRows && m * n * k >= kLargeProduct && own_products();
 }
 
-// Of a matrix.
-inline Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
-
-// out (M, N), rows without gaps, = a (M, K) times b (K, N), any strides, plus bias (N,), which only our own product takes.
-inline void multiply_here(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, const Tensor& out) {
-  Product p{a.size(0), b.size(1), a.size(1)};
-  p.a = a.const_data_ptr<float>(), p.a_row = a.stride(0), p.a_column = a.stride(1);
-  p.b = b.const_data_ptr<float>(), p.b_row = b.stride(0), p.b_column = b.stride(1);
-  p.bias = bias ? bias->const_data_ptr<float>() : nullptr, p.c = out.mutable_data_ptr<float>(), p.c_row = out.stride(0);
-  const Tensor packed = allocate({product_scratch(p.n, p.k)}, ScalarType::Float, a);
-  p.packed = packed.mutable_data_ptr<float>();
-  CONVDIT_RUN(linear, multiply, a, p);
+// out (M, N), rows without gaps, = a (M, K) times b (K, N), plus bias (N,), by our own product.
+inline void multiply_here(const Matrix& a, const Matrix& b, const std::optional<Tensor>& bias, const Matrix& out) {
+  Product p{a.rows, b.columns, a.columns};
+  p.a = static_cast<const float*>(a.values()), p.a_row = a.row_stride, p.a_column = a.column_stride;
+  p.b = static_cast<const float*>(b.values()), p.b_row = b.row_stride, p.b_column = b.column_stride;
+  p.bias = bias ? bias->const_data_ptr<float>() : nullptr, p.c = static_cast<float*>(out.place()), p.c_row = out.row_stride;
+  const int64_t scratch = product_scratch(p.n, p.k);
+  if (scratch <= 4096) {  // an allocation takes as long as a tiny product
+    alignas(64) float packed[4096];
+    p.packed = packed;
+    CONVDIT_RUN(linear, multiply, a.memory, p);
+  } else {
+    const Tensor packed = allocate({scratch}, ScalarType::Float, a.memory);
+    p.packed = packed.mutable_data_ptr<float>();
+    CONVDIT_RUN(linear, multiply, a.memory, p);
+  }
 }
 
-inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (by_our_product(a, a.size(0), b.size(1), a.size(1))) return multiply_here(a, b, std::nullopt, out);
+inline void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
+  if (by_our_product(a.memory, a.rows, b.columns, a.columns)) return multiply_here(a, b, std::nullopt, out);
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the result is `out` once more: drop that reference
+}
+
+// out (M, N) = a (M, K) weight^T + bias, weight (N, K).
+inline void multiply_linear(const Matrix& a, const Matrix& weight, const std::optional<Tensor>& bias, const Matrix& out) {
+  if (by_our_product(a.memory, a.rows, weight.rows, a.columns)) return multiply_here(a, weight.transposed(), bias, out);
+  using torch::stable::detail::from;
+  const std::optional<Tensor> plain_bias = bias ? std::optional<Tensor>(Matrix(*bias, 1, out.columns).row(0)) : bias;
+  std::array<StableIValue, 4> stack{from(a.tensor()), from(weight.tensor()), from(plain_bias), from(out.tensor())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace convdit

@@ -17,104 +17,93 @@ namespace {
 // as have this many hidden values: there nothing is gained by going image by image, as the forward does where it folds.
 constexpr int64_t kSites = 800, kHiddenValues = 5 << 18;
 
-// Of a contiguous matrix.
-Tensor row_range(const Tensor& matrix, int64_t first, int64_t count) {
-  const int64_t width = matrix.size(1);
-  return view_of(matrix, {count, width}, {width, 1}, first * width);
-}
-
 Tensor pointwise_weight(const char* name, const Tensor& w, int64_t outputs, int64_t inputs, ScalarType dtype, const Tensor& x) {
   check_same_device(name, w, "x", x);
   check_shape(name, w, {outputs, inputs});
   check_dtype(name, w, dtype);
-  return row_range(dense(w), 0, outputs);  // without its gradient, which out= refuses
+  return dense(w);
 }
-
-std::optional<Tensor> optional_vector(const char* name, const std::optional<Tensor>& t, int64_t size, const Tensor& x) {
-  if (!t) return t;
-  return check_parameter(name, *t, {size}, x);
-}
-const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // What follows the normalised map: its arguments, checked; its sizes; and the steps on a few images. Maps are matrices of one
 // row a site; a `part` of one is the rows of a few images.
 struct Mlp {
-  Tensor weight1, bias1, grn_weight, grn_bias, weight2;
-  std::optional<Tensor> bias2;
   double eps;
   int64_t batch, sites, channels, hidden, images;  // sites of an image; images that go through together
-  ScalarType branch;
+  ScalarType branch, wide;                         // of the branch; of vectors and sums
+  Tensor weight1, bias1, grn_weight, grn_bias, weight2;
+  std::optional<Tensor> bias2;
   bool fold;  // the response normalisation into weight2
-  Tensor scale, grn_work, tiles, folded, shift;
+  Scratch maps, vectors;
+  int64_t grn_work = 0, tiles = 0, scale = 0, folded = 0, shift = 0;  // places
 
   // u has the shape of the map and its device; the branch may have another dtype.
   Mlp(const Tensor& u, ScalarType branch, const Tensor& pwconv1_weight, const std::optional<Tensor>& pwconv1_bias,
       const Tensor& grn_weight_in, const Tensor& grn_bias_in, const Tensor& pwconv2_weight, const std::optional<Tensor>& pwconv2_bias,
       double eps, bool backward = false)
-      : eps(eps), batch(u.size(0)), sites(u.size(1) * u.size(2)), channels(u.size(3)), hidden(pwconv1_weight.size(0)), branch(branch) {
-    weight1 = pointwise_weight("pwconv1_weight", pwconv1_weight, hidden, channels, branch, u);
-    // The folding and the differentiated forms of GRN take one in any case.
-    bias1 = pwconv1_bias ? check_parameter("pwconv1_bias", *pwconv1_bias, {hidden}, u) : allocate_zeros({hidden}, accumulate_dtype(u), u);
-    grn_weight = check_parameter("grn_weight", grn_weight_in, {hidden}, u),
-    grn_bias = check_parameter("grn_bias", grn_bias_in, {hidden}, u);
-    weight2 = pointwise_weight("pwconv2_weight", pwconv2_weight, channels, hidden, branch, u);
-    if (pwconv2_bias) bias2 = check_parameter("pwconv2_bias", *pwconv2_bias, {channels}, u);
+      : eps(eps),
+        batch(u.size(0)),
+        sites(u.size(1) * u.size(2)),
+        channels(u.size(3)),
+        hidden(pwconv1_weight.size(0)),
+        branch(branch),
+        wide(accumulate_dtype(u)),
+        weight1(pointwise_weight("pwconv1_weight", pwconv1_weight, hidden, channels, branch, u)),
+        // The folding and the differentiated forms of GRN take one in any case.
+        bias1(pwconv1_bias ? check_parameter("pwconv1_bias", *pwconv1_bias, {hidden}, u) : allocate_zeros({hidden}, wide, u)),
+        grn_weight(check_parameter("grn_weight", grn_weight_in, {hidden}, u)),
+        grn_bias(check_parameter("grn_bias", grn_bias_in, {hidden}, u)),
+        weight2(pointwise_weight("pwconv2_weight", pwconv2_weight, channels, hidden, branch, u)),
+        bias2(optional_vector("pwconv2_bias", pwconv2_bias, channels, u)) {
     const int64_t wanted = backward ? kHiddenValues / std::max<int64_t>(hidden, 1) : kSites;
     const int64_t fitting = std::max<int64_t>(wanted / std::max<int64_t>(sites, 1), 1);
     const int64_t parts = std::max<int64_t>((batch + fitting - 1) / fitting, 1);
     images = (batch + parts - 1) / parts;
-    fold = images == 1 && sites > channels;  // else scaling the hidden tensor is less work than scaling the weight
+    fold = !backward && images == 1 && sites > channels;  // else scaling the hidden tensor is less work than scaling the weight
+    const int64_t per_tile = backward ? 2 : 1, per_image = backward ? 4 : 1;
+    grn_work = vectors.reserve((per_tile * grn_max_tiles(images, images * sites, hidden) + per_image * images) * hidden);
+    tiles = vectors.reserve(2 * (images + 1));  // int64
+    if (!fold) return;
+    scale = vectors.reserve(hidden), shift = vectors.reserve(channels), folded = maps.reserve(channels * hidden);
   }
 
   DType dtype() const { return dtype_of("pwconv1_weight", weight1); }
-  Tensor scratch(int64_t width) const { return allocate({images * sites, width}, branch, weight1); }
-  Tensor part(const Tensor& matrix, int64_t first, int64_t count) const { return row_range(matrix, first * sites, count * sites); }
+  int64_t reserve_map(int64_t width) { return maps.reserve(images * sites * width); }
+  void allocate_scratch() { maps.allocate(branch, weight1), vectors.allocate(wide, weight1); }
+  Matrix scratch_map(int64_t at, int64_t width) const { return maps.matrix(at, images * sites, width); }
+  Matrix part(const Matrix& map, int64_t first, int64_t count) const { return map.row_range(first * sites, count * sites); }
   // f(first image, images) for a few images at a time, in order.
   template <class F>
   void for_parts(const F& f) const {
     for (int64_t first = 0; first < batch; first += images) f(first, std::min(images, batch - first));
   }
 
-  void allocate_grn(int64_t per_tile, int64_t per_image) {
-    const int64_t rows = per_tile * grn_max_tiles(images, images * sites, hidden) + per_image * images;
-    grn_work = allocate({rows, hidden}, accumulate_dtype(weight1), weight1), tiles = allocate({images + 1}, ScalarType::Long, weight1);
-  }
   GrnShape grn_shape(int64_t count) const { return {count, count * sites, hidden, nullptr, dtype(), true, eps}; }
 
-  void prepare_forward() {
-    allocate_grn(1, 1);
+  void prepare_forward() const {
     if (!fold) return;
-    const ScalarType wide_type = accumulate_dtype(weight1);
-    scale = allocate({1, hidden}, wide_type, weight1), folded = allocate({channels, hidden}, branch, weight1);
-    shift = allocate({channels}, wide_type, weight1);
-    FoldBias p{channels, hidden, dtype(), weight2.const_data_ptr(), grn_bias.const_data_ptr(), data(bias2), shift.mutable_data_ptr()};
+    FoldBias p{channels, hidden, dtype(), weight2.const_data_ptr(), grn_bias.const_data_ptr(), data(bias2), vectors.place(shift)};
     CONVDIT_RUN(convnext_block, fold_bias, weight1, p);
   }
 
-  // One part. Where nothing is kept for a backward, `wide` may be hidden_part and `product` may be u.
-  void forward(int64_t count, const Tensor& x, const Tensor& u, const Tensor& hidden_part, const Tensor& wide, const Tensor& norm,
-               const Tensor& product, const Tensor& out) const {
-    multiply(u, transposed(weight1), hidden_part);
+  // One part. Where nothing is kept for a backward, `wide_part` may be hidden_part and `product` may be u.
+  void forward(int64_t count, const Matrix& x, const Matrix& u, const Matrix& hidden_part, const Matrix& wide_part, void* norm,
+               const Matrix& product, const Matrix& out) const {
+    multiply(u, Matrix(weight1).transposed(), hidden_part);
     Grn p{grn_shape(count)};
-    p.x = hidden_part.const_data_ptr(), p.y = wide.mutable_data_ptr(), p.shift = bias1.const_data_ptr();
-    p.weight = grn_weight.const_data_ptr(), p.bias = grn_bias.const_data_ptr(), p.norm = norm.mutable_data_ptr();
-    if (fold) p.scale = scale.mutable_data_ptr();
-    p.workspace = grn_work.mutable_data_ptr(), p.first_tile = tiles.mutable_data_ptr<int64_t>();
-    CONVDIT_RUN(grn, forward, x, p);
+    p.x = hidden_part.values(), p.y = wide_part.place(), p.shift = bias1.const_data_ptr();
+    p.weight = grn_weight.const_data_ptr(), p.bias = grn_bias.const_data_ptr(), p.norm = norm;
+    if (fold) p.scale = vectors.place(scale);
+    p.workspace = vectors.place(grn_work), p.first_tile = static_cast<int64_t*>(vectors.place(tiles));
+    CONVDIT_RUN(grn, forward, weight1, p);
     if (fold) {
-      FoldScale s{channels, hidden, dtype(), weight2.const_data_ptr(), scale.const_data_ptr(), folded.mutable_data_ptr()};
-      CONVDIT_RUN(convnext_block, fold_scale, x, s);
+      FoldScale s{channels, hidden, dtype(), weight2.const_data_ptr(), vectors.place(scale), maps.matrix(folded, 0, 0).place()};
+      CONVDIT_RUN(convnext_block, fold_scale, weight1, s);
     }
-    multiply(wide, transposed(fold ? folded : weight2), product);
-    AddResidual r{count * sites,
-                  channels,
-                  dtype_of("x", x),
-                  dtype(),
-                  x.const_data_ptr(),
-                  product.const_data_ptr(),
-                  fold ? shift.const_data_ptr() : data(bias2),
-                  out.mutable_data_ptr()};
-    CONVDIT_RUN(convnext_block, add_residual, x, r);
+    multiply(wide_part, (fold ? maps.matrix(folded, channels, hidden) : Matrix(weight2)).transposed(), product);
+    AddResidual r{
+        count * sites, channels, dtype_of("x", x.memory), dtype(), x.values(), product.values(), fold ? vectors.place(shift) : data(bias2),
+        out.place()};
+    CONVDIT_RUN(convnext_block, add_residual, weight1, r);
   }
 };
 
@@ -129,8 +118,8 @@ void check_branch(const Tensor& x, const char* name, const Tensor& t) {
                 ": expected the dtype of x (", dtype_name(x.scalar_type()), "), or float32 beside a half and a half beside float32, got ",
                 dtype_name(t.scalar_type()));
 }
-Tensor rows_of(const Tensor& map) {  // of a contiguous one: a site each
-  return view_of(map, {map.size(0) * map.size(1) * map.size(2), map.size(3)}, {map.size(3), 1});
+Matrix rows_of(const Tensor& map) {  // of a contiguous one: a site each
+  return {map, map.size(0) * map.size(1) * map.size(2), map.size(3)};
 }
 
 // The whole block, without gradients.
@@ -149,32 +138,37 @@ Tensor convnext_block_fwd(const Tensor& x_in, const Tensor& dwconv_weight, const
   const std::optional<Tensor> conv_bias = optional_vector("dwconv_bias", dwconv_bias, channels, x_in);
   const Tensor ln_weight = check_parameter("norm_weight", norm_weight, {channels}, x_in);
   const Tensor ln_bias = check_parameter("norm_bias", norm_bias, {channels}, x_in);
-  const ScalarType branch = pwconv1_weight.scalar_type(), wide_type = accumulate_dtype(x_in);
+  const ScalarType branch = pwconv1_weight.scalar_type();
+  const bool casts = branch != x_in.scalar_type();
   Mlp mlp(x_in, branch, pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
   const Tensor out = allocate_like(x_in);
   if (x_in.numel() == 0) return out;
-  const Tensor x_map = dense(x_in), x = rows_of(x_map), out_rows = rows_of(out);
-  const Tensor map = mlp.scratch(channels), wide = mlp.scratch(mlp.hidden);
-  Tensor branch_x;
-  if (branch != x.scalar_type()) branch_x = mlp.scratch(channels);
-  const Tensor norm = allocate({mlp.images, mlp.hidden}, wide_type, x);
-  const Tensor packed = allocate({kernel * kernel, (channels + kChannelMultiple - 1) / kChannelMultiple * kChannelMultiple}, wide_type, x);
+  const Tensor x_map = dense(x_in);
+  const Matrix x = rows_of(x_map), out_rows = rows_of(out);
+  const int64_t map_at = mlp.reserve_map(channels), wide_at = mlp.reserve_map(mlp.hidden),
+                branch_at = mlp.reserve_map(casts ? channels : 0);
+  const int64_t norm_at = mlp.vectors.reserve(mlp.images * mlp.hidden);
+  const int64_t packed_at =
+      mlp.vectors.reserve(kernel * kernel * ((channels + kChannelMultiple - 1) / kChannelMultiple * kChannelMultiple));
+  mlp.allocate_scratch();
   mlp.prepare_forward();
+  const Matrix map = mlp.scratch_map(map_at, channels), wide = mlp.scratch_map(wide_at, mlp.hidden);
+  const Matrix branch_x = mlp.scratch_map(branch_at, channels);
+  void* const norm = mlp.vectors.place(norm_at);
   mlp.for_parts([&](int64_t first, int64_t count) {
-    const Tensor x_part = mlp.part(x, first, count);
-    Tensor conv_x = x_part;
-    if (branch != x.scalar_type()) {
-      conv_x = mlp.part(branch_x, 0, count);
-      torch::stable::copy_(conv_x, x_part);
+    const Matrix x_part = mlp.part(x, first, count), conv_x = casts ? mlp.part(branch_x, 0, count) : x_part;
+    if (casts) {
+      Tensor to = conv_x.tensor();
+      torch::stable::copy_(to, x_part.tensor());
     }
+    const Matrix u = mlp.part(map, 0, count), hidden = mlp.part(wide, 0, count);
     DepthwiseConvLayerNorm p{};
     p.conv.batch = count, p.conv.height = x_in.size(1), p.conv.width = x_in.size(2), p.conv.channels = channels, p.conv.kernel = kernel;
     p.conv.dtype = mlp.dtype();
-    p.conv.x = conv_x.const_data_ptr(), p.conv.weight = conv_weight.const_data_ptr(), p.conv.bias = data(conv_bias);
-    p.conv.y = map.mutable_data_ptr(), p.conv.packed = packed.mutable_data_ptr();
-    p.eps = eps, p.ln_weight = ln_weight.const_data_ptr(), p.ln_bias = ln_bias.const_data_ptr(), p.out = map.mutable_data_ptr();
-    CONVDIT_RUN(depthwise_conv, forward_layer_norm, x, p);
-    const Tensor u = mlp.part(map, 0, count), hidden = mlp.part(wide, 0, count);
+    p.conv.x = conv_x.values(), p.conv.weight = conv_weight.const_data_ptr(), p.conv.bias = data(conv_bias);
+    p.conv.y = u.place(), p.conv.packed = mlp.vectors.place(packed_at);
+    p.eps = eps, p.ln_weight = ln_weight.const_data_ptr(), p.ln_bias = ln_bias.const_data_ptr(), p.out = u.place();
+    CONVDIT_RUN(depthwise_conv, forward_layer_norm, x_in, p);
     mlp.forward(count, x_part, u, hidden, hidden, norm, u, mlp.part(out_rows, first, count));
   });
   return out;
@@ -192,16 +186,18 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   check_branch(x_in, "u", u_in);
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
   Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
-  const Tensor x_map = dense(x_in), x = rows_of(x_map), out = allocate_like(x_map),
-               hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x);
-  if (x.numel() == 0) return {out, hidden, allocate_zeros({mlp.batch, mlp.hidden}, accumulate_dtype(x), x)};
-  const Tensor norm = allocate({mlp.batch, mlp.hidden}, accumulate_dtype(x), x);
-  const Tensor u = rows_of(dense(u_in)), out_rows = rows_of(out);
-  const Tensor wide = mlp.scratch(mlp.hidden), product = mlp.scratch(mlp.channels);
+  const Tensor x_map = dense(x_in), out = allocate_like(x_map);
+  const Tensor hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x_map);
+  if (x_map.numel() == 0) return {out, hidden, allocate_zeros({mlp.batch, mlp.hidden}, mlp.wide, x_map)};
+  const Tensor norm = allocate({mlp.batch, mlp.hidden}, mlp.wide, x_map);
+  const Matrix x = rows_of(x_map), u = rows_of(dense(u_in)), out_rows = rows_of(out), hidden_rows(hidden), norm_rows(norm);
+  const int64_t wide_at = mlp.reserve_map(mlp.hidden), product_at = mlp.reserve_map(mlp.channels);
+  mlp.allocate_scratch();
   mlp.prepare_forward();
+  const Matrix wide = mlp.scratch_map(wide_at, mlp.hidden), product = mlp.scratch_map(product_at, mlp.channels);
   mlp.for_parts([&](int64_t first, int64_t count) {
-    mlp.forward(count, mlp.part(x, first, count), mlp.part(u, first, count), mlp.part(hidden, first, count), mlp.part(wide, 0, count),
-                row_range(norm, first, count), mlp.part(product, 0, count), mlp.part(out_rows, first, count));
+    mlp.forward(count, mlp.part(x, first, count), mlp.part(u, first, count), mlp.part(hidden_rows, first, count), mlp.part(wide, 0, count),
+                norm_rows.row_range(first, count).place(), mlp.part(product, 0, count), mlp.part(out_rows, first, count));
   });
   return {out, hidden, norm};
 }
@@ -218,9 +214,9 @@ struct WeightGrad {
     else sum = allocate_like(weight);
     if (wanted && several) product = allocate_like(weight);
   }
-  void add(const Tensor& grad, const Tensor& input) {
+  void add(const Matrix& grad, const Matrix& input) {
     if (!wanted) return;
-    multiply(transposed(grad), input, direct ? sum : product);
+    multiply(grad.transposed(), input, Matrix(direct ? sum : product));
     if (!direct) {
       AddResidual p{sum.size(0),
                     sum.size(1),
@@ -257,33 +253,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
   check_dtype("hidden", hidden_in, mlp.branch);
   check_same_device("hidden", hidden_in, "u", u_in);
   const Tensor all_norms = check_parameter("norm", norm_in, {mlp.batch, mlp.hidden}, u_in);
-  const Tensor u_map = dense(u_in), u = rows_of(u_map), grad = rows_of(dense(grad_in)), hidden = dense(hidden_in);
-  const Tensor grad_u = need_u ? allocate_like(u_map) : allocate({0}, mlp.branch, u);
-  const auto vector = [&] { return allocate_zeros({mlp.hidden}, accumulate_dtype(u), u); };
+  const Tensor u_map = dense(u_in), grad_u = need_u ? allocate_like(u_map) : allocate({0}, mlp.branch, u_map);
+  const auto vector = [&] { return allocate_zeros({mlp.hidden}, mlp.wide, u_map); };
   const Tensor grad_bias1 = vector(), grad_grn_weight = vector(), grad_grn_bias = vector();
   const bool several = mlp.images < mlp.batch;
   WeightGrad grad1(need_weight1, mlp.weight1, several), grad2(need_weight2, mlp.weight2, several);
-  if (u.numel() == 0) {
+  if (u_map.numel() == 0) {
     torch::stable::zero_(grad1.sum), torch::stable::zero_(grad2.sum);
     return {grad_u, grad1.result(mlp.weight1), grad_bias1, grad_grn_weight, grad_grn_bias, grad2.result(mlp.weight2)};
   }
-  const Tensor wide = mlp.scratch(mlp.hidden), wide_grad = mlp.scratch(mlp.hidden);
-  mlp.allocate_grn(2, 4);
+  const Matrix u = rows_of(u_map), grad = rows_of(dense(grad_in)), hidden(dense(hidden_in)), norms(all_norms);
+  const int64_t wide_at = mlp.reserve_map(mlp.hidden), wide_grad_at = mlp.reserve_map(mlp.hidden);
+  mlp.allocate_scratch();
+  const Matrix wide = mlp.scratch_map(wide_at, mlp.hidden), wide_grad = mlp.scratch_map(wide_grad_at, mlp.hidden);
   mlp.for_parts([&](int64_t first, int64_t count) {
-    const Tensor grad_part = mlp.part(grad, first, count), u_part = mlp.part(u, first, count);
-    const Tensor y = mlp.part(wide, 0, count), grad_y = mlp.part(wide_grad, 0, count);
-    multiply(grad_part, mlp.weight2, grad_y);
+    const Matrix grad_part = mlp.part(grad, first, count), u_part = mlp.part(u, first, count);
+    const Matrix y = mlp.part(wide, 0, count), grad_y = mlp.part(wide_grad, 0, count);
+    multiply(grad_part, Matrix(mlp.weight2), grad_y);
     GrnBackward p{mlp.grn_shape(count)};
-    p.grad = grad_y.const_data_ptr(), p.grad_x = grad_y.mutable_data_ptr(), p.x = mlp.part(hidden, first, count).const_data_ptr();
-    p.norm = row_range(all_norms, first, count).const_data_ptr(), p.weight = mlp.grn_weight.const_data_ptr();
-    p.bias = mlp.grn_bias.const_data_ptr(), p.shift = mlp.bias1.const_data_ptr(), p.y = y.mutable_data_ptr(), p.add = first > 0;
+    p.grad = grad_y.values(), p.grad_x = grad_y.place(), p.x = mlp.part(hidden, first, count).values();
+    p.norm = norms.row_range(first, count).values(), p.weight = mlp.grn_weight.const_data_ptr();
+    p.bias = mlp.grn_bias.const_data_ptr(), p.shift = mlp.bias1.const_data_ptr(), p.y = y.place(), p.add = first > 0;
     p.grad_shift = grad_bias1.mutable_data_ptr(), p.grad_weight = grad_grn_weight.mutable_data_ptr();
     p.grad_bias = grad_grn_bias.mutable_data_ptr();
-    p.workspace = mlp.grn_work.mutable_data_ptr(), p.first_tile = mlp.tiles.mutable_data_ptr<int64_t>();
-    CONVDIT_RUN(grn, backward, u, p);  // grad_y is the gradient of the first product now
+    p.workspace = mlp.vectors.place(mlp.grn_work), p.first_tile = static_cast<int64_t*>(mlp.vectors.place(mlp.tiles));
+    CONVDIT_RUN(grn, backward, u_map, p);  // grad_y is the gradient of the first product now
     grad2.add(grad_part, y);
     grad1.add(grad_y, u_part);
-    if (need_u) multiply(grad_y, mlp.weight1, mlp.part(rows_of(grad_u), first, count));
+    if (need_u) multiply(grad_y, Matrix(mlp.weight1), mlp.part(rows_of(grad_u), first, count));
   });
   return {grad_u, grad1.result(mlp.weight1), grad_bias1, grad_grn_weight, grad_grn_bias, grad2.result(mlp.weight2)};
 }

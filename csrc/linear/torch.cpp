@@ -9,9 +9,9 @@ namespace convdit {
 namespace {
 
 // x's leading axes as one; a copy where they cannot be.
-Tensor matrix_of(const Tensor& x) {
+Matrix matrix_of(const Tensor& x) {
   const int64_t width = x.size(x.dim() - 1);
-  return view_of(dense(x), {width > 0 ? x.numel() / width : 0, width}, {width, 1});
+  return {dense(x), width > 0 ? x.numel() / width : 0, width};
 }
 
 // Of x's shape but for the last axis.
@@ -40,7 +40,7 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
   const int64_t n = weight.size(0), k = weight.size(1);
   if (k > 0 && by_our_product(x, x.numel() / k, n, k)) {
     const Tensor out = allocate_last(x, n);
-    multiply_here(matrix_of(x), transposed(weight), bias ? std::optional<Tensor>(dense(*bias)) : bias, matrix_of(out));
+    multiply_here(matrix_of(x), Matrix(weight).transposed(), bias ? std::optional<Tensor>(dense(*bias)) : bias, matrix_of(out));
     return out;
   }
   using torch::stable::detail::from;
@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x, const
   check_dtype("grad", grad, x.scalar_type());
   const Tensor grad_x = need_x ? allocate_like(x) : allocate({0}, x.scalar_type(), x);
   const Tensor grad_weight = need_weight ? allocate_like(weight) : allocate({0}, x.scalar_type(), x);
-  const Tensor rows = matrix_of(grad);
-  if (need_x) multiply(rows, weight, matrix_of(grad_x));
-  if (need_weight) multiply(transposed(rows), matrix_of(x), grad_weight);
+  const Matrix rows = matrix_of(grad);
+  if (need_x) multiply(rows, Matrix(weight), matrix_of(grad_x));
+  if (need_weight) multiply(rows.transposed(), matrix_of(x), Matrix(grad_weight));
   return {grad_x, grad_weight};
 }
 

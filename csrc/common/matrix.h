@@ -1,0 +1,52 @@
+// Matrices in the memory of tensors, and scratch for several of them. What the fused blocks (convnext_block, adaln_zero_attention) work on:
+// a tensor of its own for each step would cost as much as a small step.
+#pragma once
+#include <utility>
+
+#include "common/checks.h"
+
+namespace convdit {
+
+// A matrix in a tensor's memory, in elements. It is made a tensor only for PyTorch's product: that takes as long as a tiny product.
+struct Matrix {
+  Tensor memory;
+  int64_t rows, columns, row_stride, column_stride, offset = 0;
+
+  // Without gaps.
+  Matrix(const Tensor& memory, int64_t rows, int64_t columns, int64_t offset = 0)
+      : memory(memory), rows(rows), columns(columns), row_stride(columns), column_stride(1), offset(offset) {}
+  explicit Matrix(const Tensor& t) : Matrix(t, t.size(0), t.size(1)) { row_stride = t.stride(0), column_stride = t.stride(1); }
+
+  Matrix transposed() const {
+    Matrix t = *this;
+    std::swap(t.rows, t.columns), std::swap(t.row_stride, t.column_stride);
+    return t;
+  }
+  Matrix row_range(int64_t first, int64_t count) const {
+    Matrix t = *this;
+    t.rows = count, t.offset += first * row_stride;
+    return t;
+  }
+  // Unknown to autograd, which would forbid writing to it.
+  Tensor tensor() const { return view_of(memory, {rows, columns}, {row_stride, column_stride}, offset); }
+  Tensor row(int64_t i) const { return view_of(memory, {columns}, {column_stride}, offset + i * row_stride); }
+  const void* values() const { return static_cast<const char*>(memory.const_data_ptr()) + offset * memory.element_size(); }
+  void* place() const { return static_cast<char*>(memory.mutable_data_ptr()) + offset * memory.element_size(); }
+};
+
+// Arrays of one dtype in one allocation, which takes as long as a small kernel: all are reserved first.
+struct Scratch {
+  std::optional<Tensor> memory;
+  int64_t size = 0;
+
+  int64_t reserve(int64_t count) {  // its place; on a cache line of its own
+    const int64_t at = size;
+    size += (count + 31) / 32 * 32;
+    return at;
+  }
+  void allocate(ScalarType dtype, const Tensor& like) { memory = convdit::allocate({size}, dtype, like); }
+  Matrix matrix(int64_t at, int64_t rows, int64_t columns) const { return {*memory, rows, columns, at}; }
+  void* place(int64_t at) const { return matrix(at, 0, 0).place(); }
+};
+
+}  // namespace convdit
