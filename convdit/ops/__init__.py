@@ -4,7 +4,8 @@ from convdit import _library  # loads the compiled operators, or raises
 
 try:
     from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
-    from .attention import adaln_zero_attention, packed_attention
+    from .adaln_zero_attention import adaln_zero_attention
+    from .attention import packed_attention
     from .convnext_block import convnext_block
     from .depthwise_conv import depthwise_conv2d, depthwise_conv2d_layer_norm
     from .gelu_tanh import gelu_tanh

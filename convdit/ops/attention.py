@@ -1,8 +1,7 @@
-"""Self-attention on the packed output of a qkv Linear, and the attention half of an adaLN-Zero block.
+"""Self-attention on the packed output of a qkv Linear.
 
-Vaswani et al., "Attention Is All You Need" (2017), section 3.2; Peebles & Xie, "Scalable Diffusion Models with
-Transformers" (2023), section 3.2. On a CPU the arithmetic of attention is PyTorch's own flash kernel, called on strided
-views of qkv; packing the three gradients is ours.
+Vaswani et al., "Attention Is All You Need" (2017), section 3.2. On a CPU the arithmetic of
+attention is PyTorch's own flash kernel, called on strided views of qkv; packing the three gradients is ours.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from ._common import Function, accumulate_dtype, autocast, check_floating, library, needs_grad, register_vmap
-from .adaln import gated_residual, layer_norm_modulate
-from .linear import linear
 
 
 def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -97,46 +94,3 @@ class _PackedAttention(Function):
     @once_differentiable
     def backward(ctx, grad, _log_sum_exp, _rest):
         return library.packed_attention_bwd(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
-
-
-def adaln_zero_attention(
-    x: Tensor,
-    modulation: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    num_heads: int,
-    eps: float = 1e-6,
-) -> Tensor:
-    """The attention half of an adaLN-Zero block, residual included.
-
-    ``x + gate * proj(attention(qkv(LN(x) * (1 + scale) + shift)))``, of :func:`layer_norm_modulate`,
-    :func:`packed_attention` and :func:`gated_residual`, with PyTorch's matrix products between them.
-
-    Args:
-        x: (B, T, D), the residual stream.
-        modulation: (B, 3, D): shift, scale, gate.
-        qkv_weight, qkv_bias: (3 D, D) and (3 D,) or None, as nn.Linear keeps them.
-        proj_weight, proj_bias: (D, D) and (D,) or None.
-        num_heads: heads; must divide D.
-        eps: added to the variance of the LayerNorm.
-
-    Returns:
-        (B, T, D) in x's dtype.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: a dtype, shape or number of heads that does not fit, naming the argument.
-
-    Source: Peebles & Xie 2023, section 3.2, adaLN-Zero block.
-    """
-    check_floating("x", x)
-    check_floating("modulation", modulation)
-    expected = (x.shape[0], 3, x.shape[-1])
-    if x.dim() != 3:
-        raise ValueError(f"x: expected shape (B, T, D), got {tuple(x.shape)}")
-    if tuple(modulation.shape) != expected:
-        raise ValueError(f"modulation: expected shape {expected}, got {tuple(modulation.shape)}")
-    shift, scale, gate = modulation.unbind(1)
-    attended = packed_attention(linear(layer_norm_modulate(x, shift, scale, eps), qkv_weight, qkv_bias), num_heads)
-    return gated_residual(x, linear(attended, proj_weight, proj_bias), gate)
