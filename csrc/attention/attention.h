@@ -1,4 +1,4 @@
-// Self-attention on the packed output of a qkv Linear, forward and backward, on CUDA. (On the CPU it is PyTorch's own kernel.)
+// Self-attention on the packed output of a qkv Linear, forward and backward.
 //
 //   q, k, v (B, T, heads, d) = the thirds of qkv (B, T, 3D), D = heads * d
 //   weights     = softmax(scale * q k^T) over the keys, head by head
@@ -12,11 +12,13 @@
 // is then all of it. `rest` is what that rounding took.
 //
 // qkv has the given strides and no gaps inside (3D); everything else is contiguous. Tensors are in `dtype`; log_sum_exp and
-// the workspace in accum_t<dtype>. The caller owns every array. No size is 0; any alignment; any scale.
+// the workspace in accum_t<dtype>. The caller owns every array. No size is 0; any alignment; any scale. The CPU kernels are not for float64.
 // A row of scores with a NaN or +inf among them, or with -inf alone, gives NaN, as softmax does.
 #pragma once
 #include <cstdint>
 
+#include "common/cpu_level.h"
+#include "common/parallel.h"
 #include "common/types.h"
 
 namespace convdit {
@@ -29,14 +31,23 @@ struct Attention {
   const void* qkv;
   void *out, *log_sum_exp;  // outputs of the forward, inputs of the backward
   void* rest;               // the same, as out, of bf16 and f16; may be null
+  float* scratch;           // on the CPU: as many values as the kernels' table says
 };
 
 struct AttentionBackward {
   Attention forward;
   const void* grad;  // of out
   void* grad_qkv;    // (B, T, 3D)
-  void* workspace;   // (B, heads, T, 2): log_sum_exp, and delta; the halves' own kernels leave it alone
+  void* workspace;   // on CUDA: (B, heads, T, 2): log_sum_exp, and delta; the halves' own kernels leave it alone
 };
+
+struct AttentionKernels {
+  void (*forward)(const Attention&, const Runner&);
+  void (*backward)(const AttentionBackward&, const Runner&);
+  int64_t (*forward_scratch)(const Attention&, int64_t threads);
+  int64_t (*backward_scratch)(const Attention&, int64_t threads);
+};
+CONVDIT_CPU_TABLE(AttentionKernels, attention)
 
 namespace cuda {
 // Enqueue on `stream`; return cudaError_t.

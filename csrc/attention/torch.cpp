@@ -32,6 +32,16 @@ Shape shape_of(const Tensor& qkv, int64_t heads) {
 
 Tensor no_rest(const Tensor& qkv, const Shape& s) { return allocate({s.batch, 0, s.heads * s.head_dim}, qkv.scalar_type(), qkv); }
 
+Attention params(const Tensor& qkv, const Shape& s, double scale) {
+  Attention p{};
+  p.batch = s.batch, p.tokens = s.tokens, p.heads = s.heads, p.head_dim = s.head_dim;
+  p.batch_stride = qkv.stride(0), p.token_stride = qkv.stride(1);
+  p.scale = scale;
+  p.dtype = dtype_of("qkv", qkv);
+  p.qkv = qkv.const_data_ptr();
+  return p;
+}
+
 #ifdef CONVDIT_DEVICE_CUDA
 
 // The kernels read a head's rows 16 bytes at a time where its width allows it. One copy of rows that start elsewhere, or have
@@ -43,16 +53,6 @@ Tensor in_vectors(const Tensor& t, const Shape& s) {
   Tensor copy = allocate_like(t);
   torch::stable::copy_(copy, t);
   return copy;
-}
-
-Attention params(const Tensor& qkv, const Shape& s, double scale) {
-  Attention p{};
-  p.batch = s.batch, p.tokens = s.tokens, p.heads = s.heads, p.head_dim = s.head_dim;
-  p.batch_stride = qkv.stride(0), p.token_stride = qkv.stride(1);
-  p.scale = scale;
-  p.dtype = dtype_of("qkv", qkv);
-  p.qkv = qkv.const_data_ptr();
-  return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool save) {
@@ -101,8 +101,7 @@ Tensor heads_together(const Tensor& t, const Shape& s, int64_t size) {
 // The flash kernels read rows of d without gaps.
 Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
-  const Tensor qkv = rows_without_gaps(qkv_in);
+std::tuple<Tensor, Tensor, Tensor> forward_by_pytorch(const Tensor& qkv, const Shape& s, double scale) {
   StableIValue stack[7] = {from(third(qkv, s, 0)),
                            from(third(qkv, s, 1)),
                            from(third(qkv, s, 2)),
@@ -115,9 +114,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s,
   return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads), no_rest(qkv, s)};
 }
 
-void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp, const Tensor&,
-              const Tensor& grad_qkv, const Shape& s, double scale) {
-  const Tensor qkv = rows_without_gaps(qkv_in), grad = rows_without_gaps(grad_in), out = rows_without_gaps(out_in);
+void backward_by_pytorch(const Tensor& grad_in, const Tensor& qkv, const Tensor& out_in, const Tensor& log_sum_exp, const Tensor& grad_qkv,
+                         const Shape& s, double scale) {
+  const Tensor grad = rows_without_gaps(grad_in), out = rows_without_gaps(out_in);
   StableIValue stack[10] = {from(by_heads(grad, s)),
                             from(third(qkv, s, 0)),
                             from(third(qkv, s, 1)),
@@ -134,6 +133,38 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
     Tensor part = third(grad_qkv, s, i);
     torch::stable::copy_(part, to<Tensor>(stack[i]));
   }
+}
+
+// float64 is for checking gradients. TODO halves.
+bool by_pytorch(const Tensor& qkv) { return qkv.scalar_type() == ScalarType::Double || qkv.scalar_type() == ScalarType::Half || std::getenv("ATTN_SDPA") != nullptr; }
+
+Tensor scratch_for(const Attention& p, int64_t (*floats)(const Attention&, int64_t), const Tensor& qkv) {
+  return allocate({floats(p, torch::stable::get_num_threads())}, ScalarType::Float, qkv);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
+  const Tensor qkv = rows_without_gaps(qkv_in);
+  if (by_pytorch(qkv)) return forward_by_pytorch(qkv, s, scale);
+  const Tensor out = allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
+  const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, ScalarType::Float, qkv);
+  Attention p = params(qkv, s, scale);
+  p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  const Tensor scratch = scratch_for(p, attention_table().forward_scratch, qkv);
+  p.scratch = scratch.mutable_data_ptr<float>();
+  CONVDIT_RUN(attention, forward, qkv, p);
+  return {out, log_sum_exp, no_rest(qkv, s)};
+}
+
+void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp_in, const Tensor&,
+              const Tensor& grad_qkv, const Shape& s, double scale) {
+  const Tensor qkv = rows_without_gaps(qkv_in);
+  if (by_pytorch(qkv)) return backward_by_pytorch(grad_in, qkv, out_in, log_sum_exp_in, grad_qkv, s, scale);
+  const Tensor grad = dense(grad_in), out = dense(out_in), log_sum_exp = dense(log_sum_exp_in);
+  AttentionBackward b{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr()};
+  b.forward.out = out.mutable_data_ptr(), b.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  const Tensor scratch = scratch_for(b.forward, attention_table().backward_scratch, qkv);
+  b.forward.scratch = scratch.mutable_data_ptr<float>();
+  CONVDIT_RUN(attention, backward, qkv, b);
 }
 
 #endif

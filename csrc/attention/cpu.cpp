@@ -1,0 +1,321 @@
+// CPU kernels of attention, in float32 and from halves; see attention.h for the formulas. A head's keys are taken block by block, each
+// packed once for many queries; a tile of queries meets all keys of a block, so that its scores stay in the first-level cache between
+// one product and the next (Dao et al. 2022). What a result is does not depend on how the work is cut up for the threads.
+#include "attention/attention.h"
+
+#include "attention/tile.h"
+
+namespace convdit::CONVDIT_LEVEL {
+namespace {
+
+constexpr int64_t kMostKeys = 256;               // of a block,
+constexpr int64_t kBlockFloats = 1 << 16;        // and at most so many values, where heads are wide
+constexpr int64_t kMostQueries = 448;            // of a task of the forward that has several blocks of keys
+constexpr int64_t kQueryBlock = 140;             // of the backward: their weights stay in the second-level cache
+constexpr int64_t kScoreStep = kMostKeys + 16;   // rows of a tile fall into different sets of the cache
+constexpr int64_t kSmallestShare = 1 << 18;      // multiply-adds that are worth another thread
+
+Cut key_blocks(const Attention& p) {
+  const int64_t fitting = kBlockFloats / p.head_dim / kColumns * kColumns;
+  return {p.tokens, larger(smaller(fitting, kMostKeys), kColumns), kColumns};
+}
+// The most of a part.
+int64_t largest_part(const Cut& cut) { return round_up(ceil_div(cut.n, cut.parts), cut.unit); }
+
+// Where a task's arrays lie in its scratch.
+struct Layout {
+  int64_t floats = 0;
+  int64_t take(int64_t count) {
+    const int64_t at = floats;
+    floats += round_up(count, 64 / sizeof(float));
+    return at;
+  }
+};
+
+// f(task, scratch) for each task, as many at once as there are scratches. A task's arithmetic is the same in any of them.
+template <class F>
+void run_in_scratch(const Attention& p, const Runner& run, int64_t tasks, int64_t scratches, int64_t floats, const F& f) {
+  int64_t next = 0;
+  run(smaller(scratches, tasks), [&](int64_t i) {
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) f(task, p.scratch + i * floats);
+  });
+}
+
+int64_t useful_threads(const Attention& p, int64_t threads) {
+  const int64_t shares = p.batch * p.heads * p.tokens * p.head_dim / kSmallestShare * p.tokens;
+  return smaller(threads, shares + 1);
+}
+
+// e^x where x is a score less a larger one, or nearly: relative error below 2e-7, 1 at 0, and 0 below -87.7. Quicker than exp().
+CONVDIT_INLINE Vec<float> exp_of_difference(Vec<float> x) {
+  typedef typename VecOf<float>::integer Int;
+  const Vec<float> t = vmax(splat(-88.f), x);  // in this order a NaN stays one
+  const Vec<float> shift = splat(0x1.8p23f + 127.f), biased = t * 1.44269504f + shift, r = t * 1.44269504f - (biased - shift);
+  Vec<float> e = splat(1.3264727e-3f);
+  e = e * r + 9.671513e-3f;
+  e = e * r + 5.5507336e-2f;
+  e = e * r + 2.4022242e-1f;
+  e = e * r + 6.93147e-1f;
+  e = e * r + 1.f;
+  return e * reinterpret_cast<Vec<float>>(reinterpret_cast<Int>(biased) << 23);
+}
+
+// f(a, b) of all lanes, in each lane.
+template <class F>
+CONVDIT_INLINE Vec<float> reduce(Vec<float> v, const F& f) {
+  const auto step = [&]<int Step, int... L>(std::integer_sequence<int, L...>) CONVDIT_FLAT {
+    v = f(v, pick<float, (L + Step) % kFloats...>(v, v));
+  };
+  constexpr auto all = std::make_integer_sequence<int, kFloats>{};
+  if constexpr (kFloats > 8) step.template operator()<8>(all);
+  if constexpr (kFloats > 4) step.template operator()<4>(all);
+  step.template operator()<2>(all);
+  step.template operator()<1>(all);
+  return v;
+}
+
+// Scores are scaled as they become weights, where that does not round them once more; the sign goes into the queries, for a largest score
+// to be one of the largest products.
+struct Scale {
+  float of_queries, of_products;
+  explicit Scale(double scale)
+      : of_queries(scale == 0 ? 0.f : scale < 0 ? -1.f : 1.f), of_products(scale == 0 ? 1.f : static_cast<float>(scale < 0 ? -scale : scale)) {}
+};
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+struct ForwardLayout : Layout {
+  Cut blocks;
+  int64_t width, keys, values, queries, scores, out, largest, sums;
+  ForwardLayout(const Attention& p, int64_t most_queries) : blocks(key_blocks(p)), width(round_up(p.head_dim, kFloats)) {
+    const int64_t most = largest_part(blocks);
+    keys = take(most * p.head_dim), values = take(most * round_up(p.head_dim, kColumns));
+    queries = take(kTurnedRows * p.head_dim), scores = take(kRows * kScoreStep);
+    out = take(most_queries * width), largest = take(most_queries), sums = take(most_queries);
+  }
+};
+
+// How a head's queries are shared out: to all threads, several times over.
+Cut query_parts(const Attention& p, int64_t threads) {
+  const int64_t tasks = threads > 1 ? 4 * threads : 1, least = 4 * kRows;
+  return {p.tokens, larger(smaller(ceil_div(p.tokens * p.batch * p.heads, tasks), kMostQueries), least)};
+}
+
+// A row of products to weights, by the largest product so far, which is updated, as is the sum of weights. Returns what earlier weights
+// shrink by.
+CONVDIT_INLINE float weigh(float* row, int64_t keys, float scale, Vec<float> absent, float& largest, float& total) {
+  const int64_t last = (keys - 1) / kFloats * kFloats;
+  store(row + last, load(row + last) + absent);
+  Vec<float> top = splat(largest);
+  for (int64_t i = 0; i <= last; i += kFloats) top = vmax(top, load(row + i));
+  top = reduce(top, [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return vmax(a, b); });
+  const Vec<float> shift = top == -INFINITY ? Vec<float>{} : top;  // no product yet that counts
+  Vec<float> sum{};
+  for (int64_t i = 0; i <= last; i += kFloats) {
+    const Vec<float> weight = exp_of_difference((load(row + i) - shift) * scale);
+    store(row + i, weight);
+    sum += weight;
+  }
+  sum = reduce(sum, [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return a + b; });
+  const float shrink = exp_of_difference((splat(largest) - shift) * scale)[0];
+  largest = top[0], total = total * shrink + sum[0];
+  return shrink;
+}
+
+template <class T>
+void forward(const Attention& p, const Runner& run) {
+  const int64_t d = p.head_dim, out_step = p.heads * d;
+  const Cut parts = query_parts(p, run.threads);
+  const ForwardLayout at(p, largest_part(parts));
+  const Scale scale(p.scale);
+  run_in_scratch(p, run, p.batch * p.heads * parts.parts, useful_threads(p, run.threads), at.floats, [&](int64_t task, float* scratch) {
+    const int64_t sample = task / parts.parts / p.heads, head = task / parts.parts % p.heads;
+    const Range part = parts[task % parts.parts];
+    const T* q = static_cast<const T*>(p.qkv) + sample * p.batch_stride + head * d;
+    const T *k = q + out_step, *v = k + out_step;
+    T* result = static_cast<T*>(p.out) + sample * p.tokens * out_step + head * d;
+    float* log_sum_exp = static_cast<float*>(p.log_sum_exp) + sample * p.tokens * p.heads + head;
+    float *keys = scratch + at.keys, *values = scratch + at.values, *queries = scratch + at.queries, *scores = scratch + at.scores;
+    const Cut tiles(part.last - part.first, kRows);
+    for (int64_t block = 0; block < at.blocks.parts; ++block) {
+      const Range some = at.blocks[block];
+      const int64_t count = some.last - some.first;
+      pack_turned(k + some.first * p.token_stride, p.token_stride, count, d, keys);
+      pack(v + some.first * p.token_stride, p.token_stride, count, d, 1.f, values);
+      Vec<float> absent{};
+      for (int i = 0; i < kFloats; ++i) absent[i] = i > (count - 1) % kFloats ? -INFINITY : 0;
+      for (int64_t i = 0; i < tiles.parts; ++i) {
+        const auto [first, last] = tiles[i];
+        const int64_t rows = last - first;
+        float *out = scratch + at.out + first * at.width, *largest = scratch + at.largest + first, *sums = scratch + at.sums + first;
+        turn<kTurnedRows>(q + (part.first + first) * p.token_stride, p.token_stride, rows, d, scale.of_queries, queries);
+        multiply<1, kTurnedRows>(rows, queries, keys, d, count, false, scores, kScoreStep);
+        for (int64_t row = 0; row < rows; ++row) {
+          if (block == 0) largest[row] = -INFINITY, sums[row] = 0;
+          const float shrink = weigh(scores + row * kScoreStep, count, scale.of_products, absent, largest[row], sums[row]);
+          if (block > 0)
+            for (int64_t j = 0; j < at.width; j += kFloats) store(out + row * at.width + j, load(out + row * at.width + j) * shrink);
+        }
+        multiply<kScoreStep, 1>(rows, scores, values, count, d, block > 0, out, at.width);
+        if (block + 1 < at.blocks.parts) continue;
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t token = part.first + first + row;
+          const float share = 1 / sums[row];
+          for_each_vector<float>(d, [&](int64_t j, int64_t n, auto full) CONVDIT_FLAT {
+            store_lanes<decltype(full)::value>(result + token * out_step + j, load(out + row * at.width + j) * share, n);
+          });
+          log_sum_exp[token * p.heads] = scale.of_products * largest[row] + ::logf(sums[row]);
+        }
+      }
+    }
+  });
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
+struct BackwardLayout : Layout {
+  Cut blocks, query_blocks;
+  int64_t width, keys, values, key_rows, query_rows, grad_rows, queries, grads, weights, slopes, delta, grad_q, grad_k, grad_v;
+  explicit BackwardLayout(const Attention& p)
+      : blocks(key_blocks(p)), query_blocks(p.tokens, kQueryBlock), width(round_up(p.head_dim, kFloats)) {
+    const int64_t most = largest_part(blocks), most_queries = largest_part(query_blocks), panels = round_up(p.head_dim, kColumns);
+    keys = take(most * p.head_dim), values = take(most * p.head_dim), key_rows = take(most * panels);
+    query_rows = take(most_queries * panels), grad_rows = take(most_queries * panels);
+    queries = take(kTurnedRows * p.head_dim), grads = take(kTurnedRows * p.head_dim);
+    weights = take(most_queries * kScoreStep), slopes = take(most_queries * kScoreStep), delta = take(p.tokens);
+    grad_q = take(p.tokens * width), grad_k = take(most * width), grad_v = take(most * width);
+  }
+};
+
+// How a head is shared out. Whole, it takes five products; in `parts` by its queries, for their gradient, and as many by its keys, for
+// the gradients of keys and values, seven.
+int64_t head_parts(const Attention& p, int64_t threads) {
+  const int64_t heads = p.batch * p.heads;
+  return 7 * heads < 5 * threads * ceil_div(heads, threads) ? ceil_div(2 * threads, heads) : 1;
+}
+
+// Weights, and their gradient before the softmax, from products and from the gradient of weights: a row of each, in place.
+CONVDIT_INLINE void slope(float* weights, float* slopes, int64_t keys, float scale, float log_sum_exp, float delta) {
+  for (int64_t i = 0; i < keys; i += kFloats) {
+    const Vec<float> weight = exp_of_difference(vmin(splat(0.f), load(weights + i) * scale - log_sum_exp));  // no rounding beyond 1
+    store(weights + i, weight);
+    store(slopes + i, weight * (load(slopes + i) - delta));
+  }
+}
+
+template <class T>
+void write_rows(const float* from, int64_t from_step, int64_t rows, int64_t width, float scale, T* to, int64_t step) {
+  for (int64_t row = 0; row < rows; ++row)
+    for_each_vector<float>(width, [&](int64_t j, int64_t n, auto full) CONVDIT_FLAT {
+      store_lanes<decltype(full)::value>(to + row * step + j, load(from + row * from_step + j) * scale, n);
+    });
+}
+
+template <class T>
+struct Backward {
+  const AttentionBackward& b;
+  const Attention& p = b.forward;
+  const BackwardLayout at{p};
+  int64_t d = p.head_dim, step = p.heads * d;  // of rows of out and grad
+  Scale scale{p.scale};
+
+  // Of one head, of these queries and keys: the gradient of the queries if `of_queries`, which takes all keys; those of keys and values if
+  // `of_keys`, which take all queries.
+  void head(int64_t number, Range query_range, Range key_range, bool of_queries, bool of_keys, float* scratch) const {
+    const int64_t sample = number / p.heads, head = number % p.heads, qkv_step = p.token_stride, rows_before = sample * p.tokens;
+    const T* q = static_cast<const T*>(p.qkv) + sample * p.batch_stride + head * d;
+    const T *k = q + step, *v = k + step;
+    const T *grad = static_cast<const T*>(b.grad) + rows_before * step + head * d;
+    const T *out = static_cast<const T*>(p.out) + rows_before * step + head * d;
+    const float* log_sum_exp = static_cast<const float*>(p.log_sum_exp) + rows_before * p.heads + head;
+    T* to_q = static_cast<T*>(b.grad_qkv) + rows_before * 3 * step + head * d;
+    T *to_k = to_q + step, *to_v = to_k + step;
+    float *delta = scratch + at.delta, *weights = scratch + at.weights, *slopes = scratch + at.slopes;
+    float *grad_q = scratch + at.grad_q, *grad_k = scratch + at.grad_k, *grad_v = scratch + at.grad_v;
+
+    for (int64_t t = query_range.first; t < query_range.last; ++t)
+      delta[t] = sum_vectors<float>(d, [&](int64_t j, int64_t n, auto full) CONVDIT_FLAT {
+        return load_lanes<decltype(full)::value>(grad + t * step + j, n) * load_lanes<decltype(full)::value>(out + t * step + j, n);
+      });
+    for (int64_t block = 0; block < at.blocks.parts; ++block) {
+      const Range block_keys = at.blocks[block];
+      const int64_t first_key = larger(block_keys.first, key_range.first), keys = smaller(block_keys.last, key_range.last) - first_key;
+      if (keys <= 0) continue;
+      pack_turned(k + first_key * qkv_step, qkv_step, keys, d, scratch + at.keys);
+      pack_turned(v + first_key * qkv_step, qkv_step, keys, d, scratch + at.values);
+      if (of_queries) pack(k + first_key * qkv_step, qkv_step, keys, d, 1.f, scratch + at.key_rows);
+      for (int64_t query_block = 0; query_block < at.query_blocks.parts; ++query_block) {
+        const Range block_queries = at.query_blocks[query_block];
+        const int64_t first_query = larger(block_queries.first, query_range.first);
+        const int64_t queries = smaller(block_queries.last, query_range.last) - first_query;
+        if (queries <= 0) continue;
+        const Cut tiles(queries, kRows);
+        for (int64_t i = 0; i < tiles.parts; ++i) {
+          const auto [first, last] = tiles[i];
+          const int64_t rows = last - first, token = first_query + first;
+          float *tile_weights = weights + first * kScoreStep, *tile_slopes = slopes + first * kScoreStep;
+          turn<kTurnedRows>(q + token * qkv_step, qkv_step, rows, d, scale.of_queries, scratch + at.queries);
+          turn<kTurnedRows>(grad + token * step, step, rows, d, 1.f, scratch + at.grads);
+          multiply<1, kTurnedRows>(rows, scratch + at.queries, scratch + at.keys, d, keys, false, tile_weights, kScoreStep);
+          multiply<1, kTurnedRows>(rows, scratch + at.grads, scratch + at.values, d, keys, false, tile_slopes, kScoreStep);
+          for (int64_t row = 0; row < rows; ++row)
+            slope(tile_weights + row * kScoreStep, tile_slopes + row * kScoreStep, keys, scale.of_products, log_sum_exp[(token + row) * p.heads],
+                  delta[token + row]);
+          if (of_queries)
+            multiply<kScoreStep, 1>(rows, tile_slopes, scratch + at.key_rows, keys, d, block > 0, grad_q + token * at.width, at.width);
+        }
+        if (!of_keys) continue;
+        pack(q + first_query * qkv_step, qkv_step, queries, d, static_cast<float>(p.scale), scratch + at.query_rows);
+        pack(grad + first_query * step, step, queries, d, 1.f, scratch + at.grad_rows);
+        const Cut key_tiles(keys, kRows);
+        for (int64_t i = 0; i < key_tiles.parts; ++i) {
+          const auto [first, last] = key_tiles[i];
+          const auto add = [&](const float* left, int64_t right, float* to) {
+            multiply<1, kScoreStep>(last - first, left + first, scratch + right, queries, d, query_block > 0, to + first * at.width, at.width);
+          };
+          add(weights, at.grad_rows, grad_v);
+          add(slopes, at.query_rows, grad_k);
+        }
+      }
+      if (!of_keys) continue;
+      write_rows(grad_k, at.width, keys, d, 1.f, to_k + first_key * 3 * step, 3 * step);
+      write_rows(grad_v, at.width, keys, d, 1.f, to_v + first_key * 3 * step, 3 * step);
+    }
+    if (!of_queries) return;
+    const int64_t first = query_range.first;
+    write_rows(grad_q + first * at.width, at.width, query_range.last - first, d, static_cast<float>(p.scale), to_q + first * 3 * step, 3 * step);
+  }
+
+  void operator()(const Runner& run) const {
+    const int64_t heads = p.batch * p.heads, parts = head_parts(p, run.threads);
+    const Range all{0, p.tokens};
+    run_in_scratch(p, run, parts == 1 ? heads : 2 * parts * heads, useful_threads(p, run.threads), at.floats, [&](int64_t task, float* scratch) {
+      if (parts == 1) return head(task, all, all, true, true, scratch);
+      const Range part = part_of(p.tokens, parts, task / 2 % parts);
+      if (task % 2 == 0) head(task / 2 / parts, part, all, true, false, scratch);
+      else head(task / 2 / parts, all, part, false, true, scratch);
+    });
+  }
+};
+
+// ---- by dtype ----------------------------------------------------------------------------------------------------
+template <class F>
+void dispatch_float(DType dtype, const F& f) {
+  if (dtype == DType::bf16) f(bf16{});
+  else f(float{});
+}
+void dispatch_forward(const Attention& p, const Runner& run) {
+  dispatch_float(p.dtype, [&](auto x) { forward<decltype(x)>(p, run); });
+}
+void dispatch_backward(const AttentionBackward& b, const Runner& run) {
+  dispatch_float(b.forward.dtype, [&](auto x) { Backward<decltype(x)>{b}(run); });
+}
+
+int64_t forward_scratch(const Attention& p, int64_t threads) {
+  return useful_threads(p, threads) * ForwardLayout(p, largest_part(query_parts(p, threads))).floats;
+}
+int64_t backward_scratch(const Attention& p, int64_t threads) { return useful_threads(p, threads) * BackwardLayout(p).floats; }
+
+}  // namespace
+
+extern const AttentionKernels attention = {dispatch_forward, dispatch_backward, forward_scratch, backward_scratch};
+
+}  // namespace convdit::CONVDIT_LEVEL
