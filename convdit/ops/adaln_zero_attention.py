@@ -114,7 +114,7 @@ class _AdalnZeroAttention(Function):
         grad_y, grad_gate = library.gated_residual_bwd(grad, y, gate)
         grad_attended, grad_proj = library.linear_bwd(grad_y, attended, proj_weight, True, needed[4])
         rest = attended.new_empty((attended.shape[0], 0, attended.shape[2]))
-        softmax_scale = (x.shape[2] // ctx.num_heads) ** -0.5
+        softmax_scale = max(x.shape[2] // ctx.num_heads, 1) ** -0.5
         grad_qkv = library.packed_attention_bwd(
             grad_attended, qkv, attended, log_sum_exp, rest, ctx.num_heads, softmax_scale
         )

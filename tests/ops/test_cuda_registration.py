@@ -6,12 +6,13 @@ import torch
 from convdit import build_info
 
 NAMES = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::"))
-# On other devices the block is its parts, GELU and matrix products are PyTorch's; fma_probe measures a CPU for the
+# On other devices the blocks are their parts, GELU and matrix products are PyTorch's; fma_probe measures a CPU for the
 # benchmarks; weights are packed for accelerated models on a CPU.
 BLOCK = ("convnext_block_fwd", "convnext_mlp_fwd", "convnext_mlp_bwd")
+HALF = ("adaln_zero_attention_fwd", "adaln_zero_attention_fwd_save")
 GELU = ("gelu_tanh_fwd", "gelu_tanh_", "gelu_tanh_bwd")
 LINEAR = ("linear_fwd", "linear_bwd", "packed_linear")
-CPU_ONLY = {f"convdit::{name}" for name in (*BLOCK, *GELU, *LINEAR, "fma_probe")}
+CPU_ONLY = {f"convdit::{name}" for name in (*BLOCK, *HALF, *GELU, *LINEAR, "fma_probe")}
 
 
 @pytest.mark.skipif(not build_info()["cuda"], reason=f"no CUDA library: {build_info()['cuda_reason']}")
