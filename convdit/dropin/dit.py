@@ -1,7 +1,8 @@
 """Transformer blocks with adaLN-Zero: facebookresearch/DiT, SiT, diffusers' DiT; diffusers' AdaLayerNormZero alone.
 
 Attention and the MLP are called as they are, hooks and all: only norms, modulation and gates are computed by us. Where
-nothing could see the difference, the Linears of diffusers' attention and of both MLPs run as `products` says.
+nothing could see the difference, the Linears of both run as `products` says, and attention that is timm's as
+`ops.packed_attention`, straight on what its qkv wrote.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _DIFFUSERS = ("diffusers.models.attention", "BasicTransformerBlock")
 _ADALN = ("diffusers.models.normalization", "AdaLayerNormZero")
 _ATTENTION = ("diffusers.models.attention_processor", "Attention")
 _FEED_FORWARD = ("diffusers.models.attention", "FeedForward")
+_TIMM_ATTENTION = (("timm.layers.attention", "Attention"), ("timm.models.vision_transformer", "Attention"))
 _GELU = ("diffusers.models.activations", "GELU")
 
 
@@ -60,13 +62,25 @@ def _refuses_official(block: Foreign) -> str | None:
 
 def _official(block: Foreign, x: Tensor, c: Tensor) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=1)
-    y = block.attn(ops.layer_norm_modulate(x, shift1, scale1, block.norm1.eps))
+    y = _attention(block.attn, ops.layer_norm_modulate(x, shift1, scale1, block.norm1.eps), _packs(block))
     x, y = ops.gated_residual_layer_norm_modulate(x, y, gate1, shift2, scale2, block.norm2.eps)
     return ops.gated_residual(x, _mlp(block.mlp, y, _packs(block)), gate2)
 
 
 def _packs(block: Foreign) -> bool:
     return getattr(block, "convdit_packs", False)
+
+
+def _attention(attn: Foreign, x: Tensor, pack: bool) -> Tensor:
+    """attn(x), of timm's Attention."""
+    if defined_by(attn) not in _TIMM_ATTENTION or not products.usable(x) or getattr(attn, "gate", None) is not None:
+        return attn(x)
+    norms = (getattr(attn, name, None) for name in ("q_norm", "k_norm", "norm"))
+    idle = all(n is None or type(n) is nn.Identity for n in norms) and not (attn.attn_drop.p or attn.proj_drop.p)
+    if not idle or not (products.plain(attn.qkv) and products.plain(attn.proj)) or watched(attn):
+        return attn(x)
+    y = ops.packed_attention(products.linear(x, attn.qkv, pack), attn.num_heads, attn.scale)
+    return products.linear(y, attn.proj, pack)
 
 
 def _mlp(mlp: Foreign, x: Tensor, pack: bool) -> Tensor:

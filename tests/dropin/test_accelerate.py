@@ -90,15 +90,38 @@ def test_inference_of_transformers_keeps_to_the_error_rule_and_to_hooks(results,
             with Operators() as operators:
                 ours = families.call(name, fast)[0]
             assert "gelu_tanh_" in operators.names and ("packed_linear" in operators.names) == pack
+            assert ("packed_attention_fwd" in operators.names) == ("official" in name)  # diffusers has no packed qkv
             kept = [products._packed[p].blocks for p in fast.parameters() if p in products._packed]
             assert len(kept) >= 4 if pack else not kept
             assert all((blocks is not None) == packed for blocks in kept)
             assert_rows_close(*(t.flatten() for t in (ours, plain, right)), torch.float32, f"{name}, packed: {packed}")
-        calls, inner = [], [m for n, m in fast.named_modules() if n.endswith(("mlp.fc2", "ff.net.2", "attn1.to_q"))]
+        calls, watched = [], ("mlp.fc2", "ff.net.2", "attn1.to_q", "attn.q_norm")
+        inner = [m for n, m in fast.named_modules() if n.endswith(watched)]
         for part in inner:
             part.register_forward_hook(lambda *_: calls.append(1))
         families.call(name, fast)
         assert len(calls) == len(inner) >= 2
+
+
+@pytest.mark.parametrize("change", ["norm", "dropout", "no bias"])
+def test_attention_with_more_in_it_than_attention_is_called_as_it_is(change):
+    block = official.DiTBlock(32, 2).eval()
+    if change == "norm":
+        block.attn.q_norm = nn.LayerNorm(16)
+    elif change == "dropout":
+        block.train().attn.attn_drop.p = 0.9
+    else:
+        block.attn.qkv = nn.Linear(32, 96, bias=False)
+    nn.init.normal_(block.adaLN_modulation[1].weight)
+    args = torch.randn(2, 7, 32), torch.randn(2, 32)
+    fast = copy.deepcopy(block)
+    assert convdit.accelerate(fast).swapped
+    with torch.no_grad(), Operators() as operators:
+        torch.manual_seed(0)
+        ours = fast(*args)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, block(*args).detach(), rtol=1e-4, atol=1e-4)
+    assert "layer_norm_modulate_fwd" in operators.names and "packed_attention_fwd" not in operators.names
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
