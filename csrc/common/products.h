@@ -27,7 +27,7 @@ inline void multiply_here(const Matrix& a, const Matrix& b, const std::optional<
   p.a = static_cast<const float*>(a.values()), p.a_row = a.row_stride, p.a_column = a.column_stride;
   p.b = static_cast<const float*>(b.values()), p.b_row = b.row_stride, p.b_column = b.column_stride;
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr, p.c = static_cast<float*>(out.place()), p.c_row = out.row_stride;
-  const int64_t scratch = product_scratch(p.n, p.k);
+  const int64_t scratch = product_scratch(p.m, p.n, p.k);
   if (scratch <= 4096) {  // an allocation takes as long as a tiny product
     alignas(64) float packed[4096];
     p.packed = packed;

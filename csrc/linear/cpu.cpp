@@ -93,9 +93,10 @@ void tile_of(int64_t rows, const float* a, const float* b, int64_t depth, int64_
   });
 }
 
-void multiply(const Product& p, const Runner& run) {
+void multiply_section(const Product& p, const Runner& run) {
   const int64_t all_panels = ceil_div(p.n, kColumns), parts = larger(ceil_div(p.k, kProductDepth), 1);
-  const int64_t groups = ceil_div(p.n, kProductColumns), tiles = ceil_div(p.m, kRows), blocks = ceil_div(tiles, kBlockRows / kRows);
+  const int64_t groups = ceil_div(p.n, kProductColumns), tiles = ceil_div(p.m, kRows), tasks = run.threads == 1 ? 1 : 4 * run.threads;
+  const int64_t blocks = larger(ceil_div(tiles, kBlockRows / kRows), smaller(tiles, tasks));
   for (int64_t step = 0; step < groups * parts; ++step) {
     const Range columns_here = part_of(all_panels, groups, step / parts), range = part_of(p.k, parts, step % parts);
     const int64_t depth = range.last - range.first, panels = columns_here.last - columns_here.first;
@@ -105,7 +106,7 @@ void multiply(const Product& p, const Runner& run) {
       pack_panel(p, range.first, depth, column, smaller(p.n - column, kColumns), panel_at(i));
     });
     // Columns are shared out too where there are few blocks of rows for the threads; each share packs its rows of a again.
-    const int64_t shares = run.threads == 1 ? 1 : smaller(larger(ceil_div(4 * run.threads, larger(blocks, 1)), 1), panels);
+    const int64_t shares = smaller(ceil_div(tasks, larger(blocks, 1)), panels);
     run(blocks * shares, [&](int64_t task) {
       alignas(64) float rows_of_a[kBlockRows * kStride];
       const Range some = part_of(tiles, blocks, task / shares), share = part_of(panels, shares, task % shares);
@@ -123,6 +124,25 @@ void multiply(const Product& p, const Runner& run) {
       }
     });
   }
+}
+
+void multiply(const Product& p, const Runner& run) {
+  const int64_t sections = product_sections(p.m, p.n, p.k), values = p.m * p.n;
+  if (sections == 1) return multiply_section(p, run);
+  float* const sums = p.packed + sections * product_panels(p.n, p.k);  // of all sections but the first, whose are in c
+  run(sections, [&](int64_t i) {
+    const Range terms = part_of(p.k, sections, i);
+    Product part = p;
+    part.k = terms.last - terms.first, part.a += terms.first * p.a_column, part.b += terms.first * p.b_row;
+    part.packed += i * product_panels(p.n, p.k);
+    if (i > 0) part.bias = nullptr, part.c = sums + (i - 1) * values, part.c_row = p.n;
+    multiply_section(part, {nullptr, 1});
+  });
+  run(ceil_div(p.m, kRows), [&](int64_t task) {
+    for (int64_t row = task * kRows; row < smaller((task + 1) * kRows, p.m); ++row)
+      for (int64_t i = 0; i < sections - 1; ++i)
+        for (int64_t j = 0; j < p.n; ++j) p.c[row * p.c_row + j] += sums[i * values + row * p.n + j];
+  });
 }
 
 }  // namespace

@@ -29,9 +29,22 @@ constexpr int64_t kProductDepth = 256;
 // Columns of b that are packed at a time: a multiple of what any level packs together.
 constexpr int64_t kProductColumns = 1024, kPanelMultiple = 32;
 
-constexpr int64_t product_scratch(int64_t n, int64_t k) {
+// Few sums of many terms, as in the gradient of a weight, are taken in sections of K side by side, which are then added up in
+// order; how many does not depend on the threads.
+constexpr int64_t product_sections(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kMost = 8, kValues = 1 << 18, kShortest = 384;
+  int64_t sections = kMost;
+  while (sections > 1 && (sections * m * n > kValues || sections * kShortest > k)) sections /= 2;
+  return sections;
+}
+
+constexpr int64_t product_panels(int64_t n, int64_t k) {  // floats that one section packs at a time
   const int64_t columns = (n + kPanelMultiple - 1) / kPanelMultiple * kPanelMultiple;
   return (columns < kProductColumns ? columns : kProductColumns) * (k < kProductDepth ? k : kProductDepth);
+}
+constexpr int64_t product_scratch(int64_t m, int64_t n, int64_t k) {
+  const int64_t sections = product_sections(m, n, k);
+  return sections * product_panels(n, k) + (sections - 1) * m * n;
 }
 
 struct LinearKernels {
