@@ -102,7 +102,7 @@ class _AdalnZeroAttention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, modulation, qkv_weight, _, proj_weight, _, ctx.num_heads, _ = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        _AdalnZeroAttention.keep(ctx, *output[1:])
         ctx.save_for_backward(x, modulation, qkv_weight, proj_weight, *output[1:])
 
     @staticmethod

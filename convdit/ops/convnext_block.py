@@ -255,7 +255,7 @@ class _ConvnextBlock(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.eps = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        _ConvnextBlock.keep(ctx, *output[1:])
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod

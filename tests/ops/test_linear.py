@@ -31,8 +31,8 @@ def linear_case(rows, k, n, bias=True, **x):
     return Case(f"linear {rows} x {k} to {n}{'' if bias else ', no bias'}", module.linear, F.linear, make)
 
 
-# One row, one column, one term; tiles and panels of every remainder; sums of several parts, of sections side by side in the
-# forward and in the weight's gradient; several blocks of rows; too few values to be worth the way to PyTorch.
+# One row, one column, one term; tiles and panels of every remainder; sums of several parts, of sections side by side in
+# the forward and in the weight's gradient; several blocks of rows; too few values to be worth the way to PyTorch.
 CASES = [
     linear_case(1, 300, 300),
     linear_case(300, 300, 1),
