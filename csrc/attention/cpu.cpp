@@ -49,7 +49,8 @@ int64_t useful_threads(const Attention& p, int64_t threads) {
 // e^x where x is a score less a larger one, or nearly: relative error below 2e-7, 1 at 0, and 0 below -87.7. Quicker than exp().
 CONVDIT_INLINE Vec<float> exp_of_difference(Vec<float> x) {
   typedef typename VecOf<float>::integer Int;
-  const Vec<float> t = vmax(splat(-88.f), x);  // in this order a NaN stays one
+  // A NaN stays one; as a constant, GCC would compare with it and blend.
+  const Vec<float> t = vmax(rounded(splat(-88.f)), x);
   const Vec<float> shift = splat(0x1.8p23f + 127.f), biased = t * 1.44269504f + shift, r = t * 1.44269504f - (biased - shift);
   Vec<float> e = splat(1.3264727e-3f);
   e = e * r + 9.671513e-3f;
@@ -100,25 +101,25 @@ Cut query_parts(const Attention& p, int64_t threads) {
   return {p.tokens, larger(smaller(ceil_div(p.tokens * p.batch * p.heads, tasks), kMostQueries), least)};
 }
 
-// A row of products to weights, by the largest product so far, which is updated, as is the sum of weights. Returns what earlier weights
-// shrink by.
-CONVDIT_INLINE float weigh(float* row, int64_t keys, float scale, Vec<float> absent, float& largest, float& total) {
+// The largest product of a row so far. Fills the last vector up with what no product is below.
+CONVDIT_INLINE float largest_of(float* row, int64_t keys, Vec<float> absent, float before) {
   const int64_t last = (keys - 1) / kFloats * kFloats;
   store(row + last, load(row + last) + absent);
-  Vec<float> top = splat(largest);
-  for (int64_t i = 0; i <= last; i += kFloats) top = vmax(top, load(row + i));
-  top = reduce(top, [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return vmax(a, b); });
-  const Vec<float> shift = top == -INFINITY ? Vec<float>{} : top;  // no product yet that counts
+  Vec<float> top[2] = {splat(before), splat(before)};  // two chains: one would take as long as the exponentials
+  for (int64_t i = 0; i < last; i += 2 * kFloats) unroll<2>(CONVDIT_UNROLLED(C) { top[C] = vmax(top[C], load(row + i + C * kFloats)); });
+  top[0] = vmax(top[0], load(row + last));
+  return reduce(vmax(top[0], top[1]), [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return vmax(a, b); })[0];
+}
+
+// A row of products to weights, shifted by the largest so far; returns their sum.
+CONVDIT_INLINE float weigh(float* row, int64_t keys, float scale, float largest) {
   Vec<float> sum{};
-  for (int64_t i = 0; i <= last; i += kFloats) {
-    const Vec<float> weight = exp_of_difference((load(row + i) - shift) * scale);
+  for (int64_t i = 0; i < keys; i += kFloats) {
+    const Vec<float> weight = exp_of_difference((load(row + i) - largest) * scale);
     store(row + i, weight);
     sum += weight;
   }
-  sum = reduce(sum, [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return a + b; });
-  const float shrink = exp_of_difference((splat(largest) - shift) * scale)[0];
-  largest = top[0], total = total * shrink + sum[0];
-  return shrink;
+  return reduce(sum, [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return a + b; })[0];
 }
 
 template <class T>
@@ -149,12 +150,18 @@ void forward(const Attention& p, const Runner& run) {
         float *out = scratch + at.out + first * at.width, *largest = scratch + at.largest + first, *sums = scratch + at.sums + first;
         turn<kTurnedRows>(q + (part.first + first) * p.token_stride, p.token_stride, rows, d, scale.of_queries, queries);
         multiply<1, kTurnedRows>(rows, queries, keys, d, count, false, scores, kScoreStep);
+        float shift[kRows];
         for (int64_t row = 0; row < rows; ++row) {
-          if (block == 0) largest[row] = -INFINITY, sums[row] = 0;
-          const float shrink = weigh(scores + row * kScoreStep, count, scale.of_products, absent, largest[row], sums[row]);
-          if (block > 0)
-            for (int64_t j = 0; j < at.width; j += kFloats) store(out + row * at.width + j, load(out + row * at.width + j) * shrink);
+          const float before = block > 0 ? largest[row] : -INFINITY, now = largest_of(scores + row * kScoreStep, count, absent, before);
+          shift[row] = now == -INFINITY ? 0 : now;  // no product yet that counts
+          largest[row] = now;
+          if (block == 0) continue;
+          const float shrink = exp_of_difference(splat((before - shift[row]) * scale.of_products))[0];
+          sums[row] *= shrink;
+          for (int64_t j = 0; j < at.width; j += kFloats) store(out + row * at.width + j, load(out + row * at.width + j) * shrink);
         }
+        for (int64_t row = 0; row < rows; ++row)
+          sums[row] = (block > 0 ? sums[row] : 0) + weigh(scores + row * kScoreStep, count, scale.of_products, shift[row]);
         multiply<kScoreStep, 1>(rows, scores, values, count, d, block > 0, out, at.width);
         if (block + 1 < at.blocks.parts) continue;
         for (int64_t row = 0; row < rows; ++row) {
