@@ -85,26 +85,33 @@ struct Scale {
       : of_queries(scale == 0 ? 0.f : scale < 0 ? -1.f : 1.f), of_products(scale == 0 ? 1.f : static_cast<float>(scale < 0 ? -scale : scale)) {}
 };
 
-// Asks for rows that will be read or written soon. They lie a page apart, where processors do not foresee them.
-template <class T>
-CONVDIT_INLINE void read_soon(const T* from, int64_t step, int64_t rows, int64_t width) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(from + row * step + i, 0);
-}
-template <class T>
-CONVDIT_INLINE void write_soon(T* to, int64_t step, int64_t rows, int64_t width) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(to + row * step + i, 1);
-}
-
-// Keys, and values `to_values` behind them, that a thread takes up next: asked for while it works on others, a share with each tile.
-template <class T>
+// Rows that are read or written soon, asked for a few at a time: they lie a page apart, where processors do not foresee them, and
+// all at once they would hold up the work between.
+template <bool Write, class T>
 struct Soon {
-  const T* keys;
-  int64_t step, to_values, rows, width;
-  void ask(int64_t tile, int64_t tiles) const {
-    const Range share = part_of(rows, tiles, tile);
-    for (const T* from : {keys, keys + to_values}) read_soon(from + share.first * step, step, share.last - share.first, width);
+  const T* from;
+  int64_t step, rows, width;
+  CONVDIT_INLINE void ask(int64_t part, int64_t parts) const {
+    const Range share = part_of(rows, parts, part);
+    for (int64_t row = share.first; row < share.last; ++row)
+      for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(from + row * step + i, Write, 2);
+  }
+};
+template <class T>
+using Reads = Soon<false, T>;
+template <class T>
+using Writes = Soon<true, T>;
+
+constexpr auto nothing = [](int64_t, int64_t) {};
+
+// Keys and values to come.
+template <class T>
+struct NextKeys {
+  Reads<T> keys;
+  int64_t to_values;
+  CONVDIT_INLINE void ask(int64_t part, int64_t parts) const {
+    keys.ask(part, parts);
+    Reads<T>{keys.from + to_values, keys.step, keys.rows, keys.width}.ask(part, parts);
   }
 };
 
@@ -170,20 +177,25 @@ void forward(const Attention& p, const Runner& run) {
       const bool done = block + 1 == at.blocks.parts;
       const Range next = done ? Range{0, upcoming < tasks ? at.blocks[0].last : 0} : at.blocks[block + 1];
       const T* next_k = done ? queries_of(upcoming / parts.parts / p.heads, upcoming / parts.parts % p.heads) + out_step : k;
-      const Soon<T> soon{next_k + next.first * p.token_stride, p.token_stride, out_step, next.last - next.first, d};
-      pack_turned(k + some.first * p.token_stride, p.token_stride, count, d, keys);
-      pack(v + some.first * p.token_stride, p.token_stride, count, d, 1.f, values);
+      const NextKeys<T> next_keys{{next_k + next.first * p.token_stride, p.token_stride, next.last - next.first, d}, out_step};
+      for (int64_t j = 0; j < count; j += kColumns) {
+        const int64_t columns = smaller(count - j, kColumns);
+        turn<kColumns>(k + (some.first + j) * p.token_stride, p.token_stride, columns, d, 1.f, keys + j * d);
+        pack(v + some.first * p.token_stride, p.token_stride, j, j + columns, count, d, 1.f, values);
+      }
       Vec<float> absent{};
       for (int i = 0; i < kFloats; ++i) absent[i] = i > (count - 1) % kFloats ? -INFINITY : 0;
       for (int64_t i = 0; i < tiles.parts; ++i) {
         const auto [first, last] = tiles[i];
         const int64_t rows = last - first;
-        read_soon(q + (part.first + last) * p.token_stride, p.token_stride, smaller(kRows, part.last - part.first - last), d);
-        soon.ask(i, tiles.parts);
-        write_soon(result + (part.first + first) * out_step, out_step, rows, d);
+        const Reads<T> next_queries{q + (part.first + last) * p.token_stride, p.token_stride, smaller(kRows, part.last - part.first - last), d};
+        const Writes<T> results{result + (part.first + first) * out_step, out_step, done ? rows : 0, d};
         float *out = scratch + at.out + first * at.width, *largest = scratch + at.largest + first, *sums = scratch + at.sums + first;
         turn<kTurnedRows>(q + (part.first + first) * p.token_stride, p.token_stride, rows, d, scale.of_queries, queries);
-        multiply<1, kTurnedRows>(rows, queries, keys, d, count, false, scores, kScoreStep);
+        multiply<1, kTurnedRows>(rows, queries, keys, d, count, false, scores, kScoreStep, [&](int64_t panel, int64_t panels) CONVDIT_FLAT {
+          next_queries.ask(panel, panels), results.ask(panel, panels);
+          next_keys.ask(i * panels + panel, tiles.parts * panels);
+        });
         float shift[kRows];
         for (int64_t row = 0; row < rows; ++row) {
           const float before = block > 0 ? largest[row] : -INFINITY, now = largest_of(scores + row * kScoreStep, count, absent, before);
@@ -196,7 +208,7 @@ void forward(const Attention& p, const Runner& run) {
         }
         for (int64_t row = 0; row < rows; ++row)
           sums[row] = (block > 0 ? sums[row] : 0) + weigh(scores + row * kScoreStep, count, scale.of_products, shift[row]);
-        multiply<kScoreStep, 1>(rows, scores, values, count, d, block > 0, out, at.width);
+        multiply<kScoreStep, 1>(rows, scores, values, count, d, block > 0, out, at.width, nothing);
         if (!done) continue;
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t token = part.first + first + row;
@@ -273,7 +285,7 @@ struct Backward {
   }
   const T* queries_of(const Task& t) const { return static_cast<const T*>(p.qkv) + t.sample * p.batch_stride + t.head * d; }
 
-  void compute(const Task& t, const Soon<T>& next_head, float* scratch) const {
+  void compute(const Task& t, const NextKeys<T>& next_head, float* scratch) const {
     const int64_t qkv_step = p.token_stride, before = t.sample * p.tokens * step + t.head * d;
     const T *q = queries_of(t), *k = q + step, *v = k + step;
     const T *grad = static_cast<const T*>(b.grad) + before, *out = static_cast<const T*>(p.out) + before;
@@ -290,10 +302,14 @@ struct Backward {
       const int64_t count = last_key - first_key;
       if (count <= 0) continue;
       const bool last_block = last_key == t.keys.last;
-      const Soon<T> next_block{k + last_key * qkv_step, qkv_step, step, smaller(t.keys.last - last_key, count), d};
-      pack_turned(k + first_key * qkv_step, qkv_step, count, d, keys);
-      pack_turned(v + first_key * qkv_step, qkv_step, count, d, values);
-      if (t.of_queries) pack(k + first_key * qkv_step, qkv_step, count, d, 1.f, key_rows);
+      const NextKeys<T> next_block{{k + last_key * qkv_step, qkv_step, smaller(t.keys.last - last_key, count), d}, step};
+      const NextKeys<T>& next_keys = last_block ? next_head : next_block;
+      for (int64_t j = 0; j < count; j += kColumns) {
+        const int64_t columns = smaller(count - j, kColumns), row = (first_key + j) * qkv_step;
+        turn<kColumns>(k + row, qkv_step, columns, d, 1.f, keys + j * d);
+        turn<kColumns>(v + row, qkv_step, columns, d, 1.f, values + j * d);
+        if (t.of_queries) pack(k + first_key * qkv_step, qkv_step, j, j + columns, count, d, 1.f, key_rows);
+      }
       for (int64_t query_block = 0; query_block < at.query_blocks.parts; ++query_block) {
         const int64_t first_query = larger(at.query_blocks[query_block].first, t.queries.first);
         const int64_t queries = smaller(at.query_blocks[query_block].last, t.queries.last) - first_query;
@@ -304,15 +320,22 @@ struct Backward {
           const auto [first, last] = tiles[i];
           const int64_t rows = last - first, token = first_query + first, after = first_query + last;
           const int64_t rows_after = smaller(kRows, t.queries.last - after);
-          read_soon(q + after * qkv_step, qkv_step, rows_after, d);
-          read_soon(grad + after * step, step, rows_after, d);
-          if (first_block) read_soon(out + after * step, step, rows_after, d);
-          if (last_queries) (last_block ? next_head : next_block).ask(i, tiles.parts);
+          const Reads<T> next_queries{q + after * qkv_step, qkv_step, rows_after, d}, next_grads{grad + after * step, step, rows_after, d};
+          const Reads<T> next_out{out + after * step, step, first_block ? rows_after : 0, d};
+          const Writes<T> results{to_q + token * 3 * step, 3 * step, last_block && t.of_queries ? rows : 0, d};
           float *tile_weights = weights + first * kScoreStep, *tile_slopes = slopes + first * kScoreStep;
           turn<kTurnedRows>(q + token * qkv_step, qkv_step, rows, d, scale.of_queries, scratch + at.queries);
           turn<kTurnedRows>(grad + token * step, step, rows, d, 1.f, scratch + at.grads);
-          multiply<1, kTurnedRows>(rows, scratch + at.queries, keys, d, count, false, tile_weights, kScoreStep);
-          multiply<1, kTurnedRows>(rows, scratch + at.grads, values, d, count, false, tile_slopes, kScoreStep);
+          if (t.of_keys) {
+            pack(q + first_query * qkv_step, qkv_step, first, last, queries, d, whole_scale, scratch + at.query_rows);
+            pack(grad + first_query * step, step, first, last, queries, d, 1.f, scratch + at.grad_rows);
+          }
+          const auto ask = [&](int64_t panel, int64_t panels) CONVDIT_FLAT {
+            next_queries.ask(panel, panels), next_grads.ask(panel, panels), next_out.ask(panel, panels), results.ask(panel, panels);
+            if (last_queries) next_keys.ask(i * panels + panel, tiles.parts * panels);
+          };
+          multiply<1, kTurnedRows>(rows, scratch + at.queries, keys, d, count, false, tile_weights, kScoreStep, ask);
+          multiply<1, kTurnedRows>(rows, scratch + at.grads, values, d, count, false, tile_slopes, kScoreStep, nothing);
           for (int64_t row = 0; row < rows; ++row) {
             float& delta_here = delta[token + row];
             if (first_block) delta_here = product_of(grad + (token + row) * step, out + (token + row) * step);
@@ -321,21 +344,19 @@ struct Backward {
           }
           if (!t.of_queries) continue;
           float* grad_q = scratch + at.grad_q + token * at.width;
-          if (last_block) write_soon(to_q + token * 3 * step, 3 * step, rows, d);
-          multiply<kScoreStep, 1>(rows, tile_slopes, key_rows, count, d, !first_block, grad_q, at.width);
+          multiply<kScoreStep, 1>(rows, tile_slopes, key_rows, count, d, !first_block, grad_q, at.width, nothing);
           if (last_block) write_rows(grad_q, rows, whole_scale, to_q + token * 3 * step);
         }
         if (!t.of_keys) continue;
-        pack(q + first_query * qkv_step, qkv_step, queries, d, whole_scale, scratch + at.query_rows);
-        pack(grad + first_query * step, step, queries, d, 1.f, scratch + at.grad_rows);
         const Cut key_tiles(count, kRows);
         for (int64_t i = 0; i < key_tiles.parts; ++i) {
           const auto [first, last] = key_tiles[i];
           const auto add = [&](const float* left, int64_t right, int64_t sum, T* to) {
             const int64_t rows = last - first;
             float* here = scratch + sum + first * at.width;
-            if (last_queries) write_soon(to, 3 * step, rows, d);
-            multiply<1, kScoreStep>(rows, left + first, scratch + right, queries, d, first_query > t.queries.first, here, at.width);
+            const Writes<T> results{to, 3 * step, last_queries ? rows : 0, d};
+            multiply<1, kScoreStep>(rows, left + first, scratch + right, queries, d, first_query > t.queries.first, here, at.width,
+                                    [&](int64_t panel, int64_t panels) CONVDIT_FLAT { results.ask(panel, panels); });
             if (last_queries) write_rows(here, rows, 1.f, to);
           };
           add(weights, at.grad_rows, at.grad_v, to_v + (first_key + first) * 3 * step);
@@ -363,7 +384,7 @@ struct Backward {
     run_in_scratch(p, run, tasks, useful_threads(p, run.threads), at.floats, [&](int64_t number, int64_t upcoming, float* scratch) {
       const Task next = task(upcoming);
       const int64_t rows = upcoming < tasks ? smaller(at.blocks[0].last, next.keys.last - next.keys.first) : 0;
-      compute(task(number), {queries_of(next) + step + next.keys.first * p.token_stride, p.token_stride, step, rows, d}, scratch);
+      compute(task(number), {{queries_of(next) + step + next.keys.first * p.token_stride, p.token_stride, rows, d}, step}, scratch);
     });
   }
 };
