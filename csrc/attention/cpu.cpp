@@ -133,6 +133,13 @@ Cut query_parts(const Attention& p, int64_t threads) {
   return {p.tokens, larger(smaller(ceil_div(p.tokens * p.batch * p.heads, tasks), kMostQueries), least)};
 }
 
+// What the last vector of a row of products is filled up with, that no product be below: 0 for those that are there.
+CONVDIT_INLINE Vec<float> fill_of(int64_t keys) {
+  Vec<float> fill{};
+  for (int i = 0; i < kFloats; ++i) fill[i] = i > (keys - 1) % kFloats ? -INFINITY : 0;
+  return fill;
+}
+
 // The largest product of a row so far. Fills the last vector up with what no product is below.
 CONVDIT_INLINE float largest_of(float* row, int64_t keys, Vec<float> absent, float before) {
   const int64_t last = (keys - 1) / kFloats * kFloats;
@@ -183,8 +190,7 @@ void forward(const Attention& p, const Runner& run) {
         turn<kColumns>(k + (some.first + j) * p.token_stride, p.token_stride, columns, d, 1.f, keys + j * d);
         pack(v + some.first * p.token_stride, p.token_stride, j, j + columns, count, d, 1.f, values);
       }
-      Vec<float> absent{};
-      for (int i = 0; i < kFloats; ++i) absent[i] = i > (count - 1) % kFloats ? -INFINITY : 0;
+      const Vec<float> absent = fill_of(count);
       for (int64_t i = 0; i < tiles.parts; ++i) {
         const auto [first, last] = tiles[i];
         const int64_t rows = last - first;
@@ -245,21 +251,28 @@ int64_t head_parts(const Attention& p, int64_t threads) {
   return 7 * heads < 5 * threads * ceil_div(heads, threads) ? ceil_div(2 * threads, heads) : 1;
 }
 
-// Weights, and their gradient before the softmax, from products and from the gradient of weights: a row of each, in place.
-CONVDIT_INLINE void slope(float* weights, float* slopes, int64_t keys, float scale, float log_sum_exp, float delta) {
-  for (int64_t i = 0; i < keys; i += kFloats) {
-    const Vec<float> weight = exp_of_difference(vmin(splat(0.f), load(weights + i) * scale - log_sum_exp));  // no rounding beyond 1
-    store(weights + i, weight);
-    store(slopes + i, weight * (load(slopes + i) - delta));
-  }
+CONVDIT_INLINE float total(Vec<float> v) {
+  return reduce(v, [](Vec<float> a, Vec<float> b) CONVDIT_FLAT { return a + b; })[0];
 }
 
-template <class T>
-void write_rows(const float* from, int64_t from_step, int64_t rows, int64_t width, float scale, T* to, int64_t step) {
-  for (int64_t row = 0; row < rows; ++row)
-    for_each_vector<float>(width, [&](int64_t j, int64_t n, auto full) CONVDIT_FLAT {
-      store_lanes<decltype(full)::value>(to + row * step + j, load(from + row * from_step + j) * scale, n);
-    });
+// Weights, and their gradient before the softmax, from products and from the gradient of weights: a row of each, in place. The latter sum
+// to 0 over all keys; where all are here, what rounding left of that is taken out, since it may be most of a small gradient.
+CONVDIT_INLINE void slope(float* weights, float* slopes, int64_t keys, Vec<float> absent, bool all_keys, float scale, float log_sum_exp,
+                          float delta) {
+  if (all_keys) {
+    const int64_t last = (keys - 1) / kFloats * kFloats;
+    store(weights + last, load(weights + last) + absent);
+  }
+  Vec<float> weight_sum{}, slope_sum{};
+  for (int64_t i = 0; i < keys; i += kFloats) {
+    const Vec<float> weight = exp_of_difference(vmin(splat(0.f), load(weights + i) * scale - log_sum_exp));  // no rounding beyond 1
+    const Vec<float> slope = weight * (load(slopes + i) - delta);
+    store(weights + i, weight), store(slopes + i, slope);
+    weight_sum += weight, slope_sum += slope;
+  }
+  if (!all_keys) return;
+  const float excess = total(slope_sum) / total(weight_sum);
+  for (int64_t i = 0; i < keys; i += kFloats) store(slopes + i, load(slopes + i) - load(weights + i) * excess);
 }
 
 template <class T>
@@ -310,6 +323,7 @@ struct Backward {
         turn<kColumns>(v + row, qkv_step, columns, d, 1.f, values + j * d);
         if (t.of_queries) pack(k + first_key * qkv_step, qkv_step, j, j + columns, count, d, 1.f, key_rows);
       }
+      const Vec<float> absent = fill_of(count);
       for (int64_t query_block = 0; query_block < at.query_blocks.parts; ++query_block) {
         const int64_t first_query = larger(at.query_blocks[query_block].first, t.queries.first);
         const int64_t queries = smaller(at.query_blocks[query_block].last, t.queries.last) - first_query;
@@ -339,7 +353,7 @@ struct Backward {
           for (int64_t row = 0; row < rows; ++row) {
             float& delta_here = delta[token + row];
             if (first_block) delta_here = product_of(grad + (token + row) * step, out + (token + row) * step);
-            slope(tile_weights + row * kScoreStep, tile_slopes + row * kScoreStep, count, scale.of_products,
+            slope(tile_weights + row * kScoreStep, tile_slopes + row * kScoreStep, count, absent, count == p.tokens, scale.of_products,
                   log_sum_exp[(token + row) * p.heads], delta_here);
           }
           if (!t.of_queries) continue;
