@@ -407,6 +407,7 @@ struct Backward {
 template <class F>
 void dispatch_float(DType dtype, const F& f) {
   if (dtype == DType::bf16) f(bf16{});
+  else if (dtype == DType::f16) f(f16{});
   else f(float{});
 }
 void dispatch_forward(const Attention& p, const Runner& run) {

@@ -136,7 +136,7 @@ void backward_by_pytorch(const Tensor& grad_in, const Tensor& qkv, const Tensor&
 }
 
 // float64 is for checking gradients. TODO halves.
-bool by_pytorch(const Tensor& qkv) { return qkv.scalar_type() == ScalarType::Double || qkv.scalar_type() == ScalarType::Half || std::getenv("ATTN_SDPA") != nullptr; }
+bool by_pytorch(const Tensor& qkv) { return qkv.scalar_type() == ScalarType::Double || std::getenv("ATTN_SDPA") != nullptr; }
 
 Tensor scratch_for(const Attention& p, int64_t (*floats)(const Attention&, int64_t), const Tensor& qkv) {
   return allocate({floats(p, torch::stable::get_num_threads())}, ScalarType::Float, qkv);
