@@ -44,8 +44,7 @@ void run_in_scratch(const Attention& p, const Runner& run, int64_t tasks, int64_
 }
 
 int64_t useful_threads(const Attention& p, int64_t threads) {
-  const int64_t shares = p.batch * p.heads * p.tokens * p.head_dim / kSmallestShare * p.tokens;
-  return smaller(threads, shares + 1);
+  return smaller(threads, p.batch * p.heads * p.tokens * p.head_dim / (kSmallestShare / p.tokens + 1) + 1);
 }
 
 // e^x where x is a score less a larger one, or nearly: relative error below 2e-7, 1 at 0, and 0 below -87.7. Quicker than exp().
