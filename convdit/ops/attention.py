@@ -33,15 +33,15 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) ->
     Source: the attention of facebookresearch/DiT's blocks (timm's ``Attention`` without norms or dropout).
     """
     check_floating("qkv", qkv)
-    if qkv.dim() != 3:
-        raise ValueError(f"qkv: expected shape (B, T, 3 D), got {tuple(qkv.shape)}")
-    if not isinstance(num_heads, int) or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(
-            f"num_heads: expected a number of heads that divides D = {qkv.shape[2] / 3:g}, got {num_heads}"
-        )
+    shape = qkv.shape
+    if len(shape) != 3:
+        raise ValueError(f"qkv: expected shape (B, T, 3 D), got {tuple(shape)}")
+    width = shape[2]
+    if not isinstance(num_heads, int) or num_heads < 1 or width % (3 * num_heads):
+        raise ValueError(f"num_heads: expected a number of heads that divides D = {width / 3:g}, got {num_heads}")
     qkv = autocast(qkv)
     if scale is None:
-        scale = max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5
+        scale = max(width // (3 * num_heads), 1) ** -0.5
     if needs_grad(qkv):
         return _PackedAttention.apply(qkv, num_heads, scale)[0]
     return library.packed_attention_fwd(qkv, num_heads, scale, False)[0]

@@ -41,22 +41,16 @@ void turn(const T* from, int64_t step, int64_t count, int64_t depth, float scale
     }
 }
 
-// Panels whose columns are `count` rows of `from`, so that a product with them is one with its transpose.
+// Rows `first` to `last` of panels of `all_rows` rows: those of `from`, times `scale`.
 template <class T>
-void pack_turned(const T* from, int64_t step, int64_t count, int64_t depth, float* to) {
-  for (int64_t j = 0; j < count; j += kColumns, to += depth * kColumns)
-    turn<kColumns>(from + j * step, step, smaller(count - j, kColumns), depth, 1.f, to);
-}
-
-// Panels whose rows are those of `from`, times `scale`.
-template <class T>
-void pack(const T* from, int64_t step, int64_t rows, int64_t columns, float scale, float* to) {
-  for (int64_t column = 0; column < columns; column += kColumns)
-    for (int64_t row = 0; row < rows; ++row, to += kColumns)
+void pack(const T* from, int64_t step, int64_t first, int64_t last, int64_t all_rows, int64_t columns, float scale, float* to) {
+  for (int64_t row = first; row < last; ++row)
+    for (int64_t column = 0; column < columns; column += kColumns)
       for (int64_t j = 0; j < kColumns; j += kFloats) {
         const int64_t left = smaller(larger(columns - column - j, 0), kFloats);
         const T* values = from + row * step + column + j;
-        store(to + j, left == kFloats ? load(values) * scale : left == 0 ? Vec<float>{} : load(values, left) * scale);
+        store(to + column * all_rows + row * kColumns + j,
+              left == kFloats ? load(values) * scale : left == 0 ? Vec<float>{} : load(values, left) * scale);
       }
 }
 
@@ -81,12 +75,14 @@ void tile(const float* a, const float* b, int64_t depth, bool add, float* c, int
   });
 }
 
-// At most kRows rows of c, round_up(columns, kFloats) wide, from all panels of b.
-template <int64_t RowStep, int64_t DepthStep>
-void multiply(int64_t rows, const float* a, const float* b, int64_t depth, int64_t columns, bool add, float* c, int64_t c_step) {
+// At most kRows rows of c, round_up(columns, kFloats) wide, from all panels of b. Calls between(panel, panels) before each.
+template <int64_t RowStep, int64_t DepthStep, class F>
+void multiply(int64_t rows, const float* a, const float* b, int64_t depth, int64_t columns, bool add, float* c, int64_t c_step,
+              const F& between) {
   unroll<kRows>(CONVDIT_UNROLLED(I) {
     if (rows != I + 1) return;
     for (int64_t column = 0; column < columns; column += kColumns, b += depth * kColumns) {
+      between(column / kColumns, ceil_div(columns, kColumns));
       const auto compute = columns - column > kFloats ? tile<I + 1, 2, RowStep, DepthStep> : tile<I + 1, 1, RowStep, DepthStep>;
       compute(a, b, depth, add, c + column, c_step);
     }

@@ -9,6 +9,10 @@
 // On CUDA the kernels are ours (attention.h).
 #include "attention/attention.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "common/checks.h"
 
 namespace convdit {
@@ -135,22 +139,47 @@ void backward_by_pytorch(const Tensor& grad_in, const Tensor& qkv, const Tensor&
   }
 }
 
-// float64 is for checking gradients. TODO halves.
-bool by_pytorch(const Tensor& qkv) { return qkv.scalar_type() == ScalarType::Double || qkv.scalar_type() == ScalarType::Half || std::getenv("ATTN_SDPA") != nullptr; }
-
-Tensor scratch_for(const Attention& p, int64_t (*floats)(const Attention&, int64_t), const Tensor& qkv) {
-  return allocate({floats(p, torch::stable::get_num_threads())}, ScalarType::Float, qkv);
+// Instructions for products of whole tiles of bfloat16, which PyTorch's kernels take.
+bool multiplies_tiles() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  static const bool found = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+  return found;
+#else
+  return false;
+#endif
 }
+
+// Whether PyTorch's kernel does the arithmetic: of float64, which is for checking gradients; and of bfloat16 where those instructions
+// outrun ours, by measurement on an Intel Xeon, and the choice of products (cpu_level.h) is left to the processor.
+bool by_pytorch(const Tensor& qkv, const Shape& s, bool backward) {
+  if (qkv.scalar_type() != ScalarType::BFloat16) return qkv.scalar_type() == ScalarType::Double;
+  const bool large = backward ? s.tokens >= 512 && s.head_dim >= 72 : s.tokens * s.head_dim >= 8192;
+  return large && multiplies_tiles() && !own_products();
+}
+
+// What a kernel needs for itself: from the stack where it is little, since a call on a few tokens costs little else.
+class Scratch {
+ public:
+  Scratch(Attention& p, int64_t floats, const Tensor& like) {
+    if (floats > kFew) large_ = allocate({floats}, ScalarType::Float, like);
+    p.scratch = large_ ? large_->mutable_data_ptr<float>() : few_;
+  }
+
+ private:
+  static constexpr int64_t kFew = 16384;
+  alignas(64) float few_[kFew];
+  std::optional<Tensor> large_;
+};
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
   const Tensor qkv = rows_without_gaps(qkv_in);
-  if (by_pytorch(qkv)) return forward_by_pytorch(qkv, s, scale);
+  if (by_pytorch(qkv, s, false)) return forward_by_pytorch(qkv, s, scale);
   const Tensor out = allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
   const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, ScalarType::Float, qkv);
   Attention p = params(qkv, s, scale);
   p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  const Tensor scratch = scratch_for(p, attention_table().forward_scratch, qkv);
-  p.scratch = scratch.mutable_data_ptr<float>();
+  const Scratch scratch(p, attention_table().forward_scratch(p, torch::stable::get_num_threads()), qkv);
   CONVDIT_RUN(attention, forward, qkv, p);
   return {out, log_sum_exp, no_rest(qkv, s)};
 }
@@ -158,12 +187,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s,
 void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp_in, const Tensor&,
               const Tensor& grad_qkv, const Shape& s, double scale) {
   const Tensor qkv = rows_without_gaps(qkv_in);
-  if (by_pytorch(qkv)) return backward_by_pytorch(grad_in, qkv, out_in, log_sum_exp_in, grad_qkv, s, scale);
+  if (by_pytorch(qkv, s, true)) return backward_by_pytorch(grad_in, qkv, out_in, log_sum_exp_in, grad_qkv, s, scale);
   const Tensor grad = dense(grad_in), out = dense(out_in), log_sum_exp = dense(log_sum_exp_in);
   AttentionBackward b{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr()};
   b.forward.out = out.mutable_data_ptr(), b.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  const Tensor scratch = scratch_for(b.forward, attention_table().backward_scratch, qkv);
-  b.forward.scratch = scratch.mutable_data_ptr<float>();
+  const Scratch scratch(b.forward, attention_table().backward_scratch(b.forward, torch::stable::get_num_threads()), qkv);
   CONVDIT_RUN(attention, backward, qkv, b);
 }
 
