@@ -1,14 +1,12 @@
 """Transformer blocks with adaLN-Zero: facebookresearch/DiT, SiT, diffusers' DiT; diffusers' AdaLayerNormZero alone.
 
 Attention and the MLP are called as they are, hooks and all: only norms, modulation and gates are computed by us. Where
-nothing could see the difference, the Linears of both run as `products` says, and attention that is timm's as
-`ops.packed_attention`, straight on what its qkv wrote.
+nothing could see the difference, the Linears of both run as `products` says, and between them `ops.packed_attention`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convdit import ops
@@ -180,11 +178,8 @@ def _of_attention(attn: Foreign) -> tuple:
 
 
 def _attend(attn: Foreign, x: Tensor, pack: bool) -> Tensor:
-    *qkv, last, _ = _of_attention(attn)
-    heads = (products.linear(x, layer, pack) for layer in qkv)
-    q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in heads)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return products.linear(y, last, pack)
+    q, k, v, last, _ = _of_attention(attn)
+    return products.linear(products.attention(x, (q, k, v), attn.heads, pack), last, pack)
 
 
 def _feed_forward(ff: Foreign, x: Tensor, pack: bool) -> Tensor:

@@ -13,6 +13,7 @@ a value of each row shows most, not all: hence the copies are for those who ask 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
@@ -42,6 +43,15 @@ def plain(layer: Foreign) -> bool:
 
 def linear(x: Tensor, layer: nn.Linear, pack: bool) -> Tensor:
     return _product(x, layer.weight, layer.bias, pack)
+
+
+def attention(x: Tensor, layers: tuple[nn.Linear, nn.Linear, nn.Linear], heads: int, pack: bool) -> Tensor:
+    """Attention of the heads that q, k and v, three Linears of x, give; before the Linear that follows it."""
+    if torch.is_grad_enabled() or (pack and not HERE):
+        q, k, v = (linear(x, layer, pack).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in layers)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    return ops.packed_attention(torch.ops.convdit.packed_qkv(x, *parameters), heads)
 
 
 def mlp(x: Tensor, first: nn.Linear, second: nn.Linear, pack: bool) -> Tensor:

@@ -58,18 +58,29 @@ def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("convdit::packed_qkv")
+def _(x, *layers):
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in layers[::2])))
+
+
 @torch.library.register_fake("convdit::linear_bwd")
 def _(grad, x, weight, need_x, need_weight):
     return x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,))
 
 
 register_vmap("linear_fwd", folded=(0,))
+register_vmap("packed_qkv", folded=(0,))
 register_vmap("linear_bwd", folded=())
 
 
 @register_flop_formula(library.linear_fwd)
 def _(x_shape, weight_shape, *_args, **_kwargs) -> int:
     return 2 * x_shape.numel() * weight_shape[0]
+
+
+@register_flop_formula(library.packed_qkv)
+def _(x_shape, *layers, **_kwargs) -> int:
+    return 2 * x_shape.numel() * sum(weight_shape[0] for weight_shape in layers[::2])
 
 
 @register_flop_formula(library.linear_bwd)

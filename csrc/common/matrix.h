@@ -27,6 +27,7 @@ struct Matrix {
     t.rows = count, t.offset += first * row_stride;
     return t;
   }
+  Matrix column_range(int64_t first, int64_t count) const { return transposed().row_range(first, count).transposed(); }
   // Unknown to autograd, which would forbid writing to it.
   Tensor tensor() const { return view_of(memory, {rows, columns}, {row_stride, column_stride}, offset); }
   Tensor row(int64_t i) const { return view_of(memory, {columns}, {column_stride}, offset + i * row_stride); }

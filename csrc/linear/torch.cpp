@@ -30,13 +30,16 @@ void check_linear(const Tensor& x, const Tensor& weight) {
   check_dtype("weight", weight, x.scalar_type());
 }
 
-Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_linear(x, weight);
-  if (bias) {
-    check_same_device("bias", *bias, "x", x);
-    check_shape("bias", *bias, {weight.size(0)});
-    check_dtype("bias", *bias, x.scalar_type());
-  }
+  if (!bias) return;
+  check_same_device("bias", *bias, "x", x);
+  check_shape("bias", *bias, {weight.size(0)});
+  check_dtype("bias", *bias, x.scalar_type());
+}
+
+Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_linear(x, weight, bias);
   const int64_t n = weight.size(0), k = weight.size(1);
   if (k > 0 && by_our_product(x, x.numel() / k, n, k)) {
     const Tensor out = allocate_last(x, n);
@@ -47,6 +50,26 @@ Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Ten
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The results of three Linears of one x, side by side in the last axis, as packed_attention takes them. Without gradients.
+Tensor packed_qkv(const Tensor& x, const Tensor& q_weight, const std::optional<Tensor>& q_bias, const Tensor& k_weight,
+                  const std::optional<Tensor>& k_bias, const Tensor& v_weight, const std::optional<Tensor>& v_bias) {
+  const std::array<std::pair<const Tensor&, const std::optional<Tensor>&>, 3> layers{
+      {{q_weight, q_bias}, {k_weight, k_bias}, {v_weight, v_bias}}};
+  int64_t width = 0, column = 0;
+  for (const auto& [weight, bias] : layers) check_linear(x, weight, bias), width += weight.size(0);
+  const Tensor out = allocate_last(x, width);
+  if (x.numel() == 0) {
+    if (out.numel() > 0) fail("x: expected a last size of at least 1, got shape ", describe(x));
+    return out;
+  }
+  const Matrix rows = matrix_of(x), all = matrix_of(out);
+  for (const auto& [weight, bias] : layers) {
+    multiply_linear(rows, Matrix(weight), bias ? std::optional<Tensor>(dense(*bias)) : bias, all.column_range(column, weight.size(0)));
+    column += weight.size(0);
+  }
+  return out;
 }
 
 // Gradients of x and weight; one that is not needed is empty.
@@ -68,12 +91,15 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x, const
 #ifdef CONVDIT_SCHEMAS
 CONVDIT_SCHEMAS(m) {
   m.def("linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "packed_qkv(Tensor x, Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias) -> Tensor");
   m.def("linear_bwd(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)");
 }
 #endif
 
 CONVDIT_KERNELS(m) {
   m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  m.impl("packed_qkv", TORCH_BOX(&packed_qkv));
   m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
 }
 

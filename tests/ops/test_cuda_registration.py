@@ -11,7 +11,7 @@ NAMES = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.st
 BLOCK = ("convnext_block_fwd", "convnext_mlp_fwd", "convnext_mlp_bwd")
 HALF = ("adaln_zero_attention_fwd", "adaln_zero_attention_fwd_save")
 GELU = ("gelu_tanh_fwd", "gelu_tanh_", "gelu_tanh_bwd")
-LINEAR = ("linear_fwd", "linear_bwd", "packed_linear")
+LINEAR = ("linear_fwd", "linear_bwd", "packed_linear", "packed_qkv")
 CPU_ONLY = {f"convdit::{name}" for name in (*BLOCK, *HALF, *GELU, *LINEAR, "fma_probe")}
 
 

@@ -343,9 +343,9 @@ def test_the_table_reaches_every_registered_operator():
     reached = {func._schema.name for name in NAMES for func, _ in calls_of(name)}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::")}
     # The first measures the CPU for the benchmark and computes nothing; the second overwrites: see test_gelu_tanh.py;
-    # the third is of accelerated models: see tests/dropin/test_products.py; the last two are of large products and of
-    # some processors: see test_linear.py.
-    elsewhere = ("fma_probe", "gelu_tanh_", "packed_linear", "linear_fwd", "linear_bwd")
+    # the third is of accelerated models: see tests/dropin/test_products.py; the others are of large products and of
+    # some processors, and of accelerated models: see test_linear.py.
+    elsewhere = ("fma_probe", "gelu_tanh_", "packed_linear", "linear_fwd", "linear_bwd", "packed_qkv")
     assert registered - reached == {f"convdit::{name}" for name in elsewhere}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import convdit
 from convdit.nn import Linear
@@ -159,6 +160,48 @@ def test_bad_arguments_are_named():
     for grad, shape in ((x, r"\(2, 3\)"), (torch.randn(5, 2), r"\(5, 2\)")):  # the second has as many values
         with pytest.raises(RuntimeError, match=f"grad: expected the shape of the result, got {shape}"):
             library.linear_bwd(grad, x, weight, True, True)
+
+
+def qkv_arguments(sizes=(8, 8, 8), bias=True, rows=(3, 5), k=12):
+    layers = [(torch.randn(n, k), torch.randn(n) if bias else None) for n in sizes]
+    return [torch.randn(*rows, k), *(t for layer in layers for t in layer)]
+
+
+@pytest.mark.parametrize("sizes", [(40, 40, 40), (33, 5, 1), (0, 8, 8)], ids=str)
+@pytest.mark.parametrize("rows", [(3, 50), (1,), (0, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_packed_qkv_is_three_linears_side_by_side(sizes, rows, dtype):
+    for bias in (False, True):
+        x, *layers = (t if t is None else t.to(dtype) for t in qkv_arguments(sizes, bias, rows, 70))
+        right = torch.cat([F.linear(x, w, b) for w, b in zip(layers[::2], layers[1::2], strict=True)], -1)
+        parameters = [t if t is None else t.clone().requires_grad_() for t in layers]
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-4
+        for given in (x, harness.strided(x)):
+            with torch.no_grad():
+                out = library.packed_qkv(given, *parameters)
+            assert out.is_contiguous()
+            torch.testing.assert_close(out, right, rtol=tolerance, atol=tolerance)
+
+
+def test_packed_qkv_is_known_to_pytorch():
+    for bias in (False, True):
+        torch.library.opcheck(library.packed_qkv.default, qkv_arguments(bias=bias))
+    with FlopCounterMode(display=False) as counter:
+        library.packed_qkv(*qkv_arguments())
+    assert counter.get_total_flops() == 2 * 15 * 12 * 24
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: torch.zeros(3, 5, 4)}, r"weight: expected shape \(8, 4\), got \(8, 12\)"),
+        ({3: torch.zeros(8, 12).double()}, "weight: expected dtype float32, got float64"),
+        ({6: torch.zeros(7)}, r"bias: expected shape \(8\), got \(7\)"),
+    ],
+)
+def test_packed_qkv_names_bad_arguments(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        library.packed_qkv(*(change.get(i, t) for i, t in enumerate(qkv_arguments())))
 
 
 def test_every_level():
