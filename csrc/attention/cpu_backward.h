@@ -81,12 +81,11 @@ struct Backward {
     float *weights = scratch + at.weights, *slopes = scratch + at.slopes, *delta = scratch + at.delta;
     const float whole_scale = static_cast<float>(p.scale);
 
-    bool first_block = true;
-    for (int64_t block = 0; block < at.blocks.parts; ++block, first_block = false) {
+    for (int64_t block = 0; block < at.blocks.parts; ++block) {
       const int64_t first_key = larger(at.blocks[block].first, t.keys.first), last_key = smaller(at.blocks[block].last, t.keys.last);
       const int64_t count = last_key - first_key;
       if (count <= 0) continue;
-      const bool last_block = last_key == t.keys.last;
+      const bool first_block = first_key == t.keys.first, last_block = last_key == t.keys.last;
       const NextKeys<T> next_block{{k + last_key * qkv_step, qkv_step, smaller(t.keys.last - last_key, count), d}, step};
       const NextKeys<T>& next_keys = last_block ? next_head : next_block;
       for (int64_t j = 0; j < count; j += kColumns) {
