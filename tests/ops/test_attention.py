@@ -67,7 +67,7 @@ PACKED = [
 WIDTHS = [(66, 32), (16, 48), (130, 64), (9, 68), (63, 72), (64, 80), (65, 96), (63, 128), (20, 130), (3, 300)]
 PACKED += [packed_case(2, t, 2, d) for t, d in WIDTHS]
 # On the CPU: several blocks of keys, none of them full, of heads that fill vectors, and do not, or are so wide that blocks are short.
-PACKED += [packed_case(1, t, 1, d, "several blocks") for t, d in [(257, 64), (600, 24), (530, 33), (300, 300)]]
+PACKED += [packed_case(1, t, 1, d, "several blocks") for t, d in [(257, 64), (520, 24), (530, 33), (300, 300)]]
 LARGE = [packed_case(1, t, 2, 16, "large scores", scale=10.0) for t in (40, 600)]
 BLOCK = [block_case(2, 17, 3, 8), block_case(2, 5, 1, 12, bias=False)]
 SMALL = [packed_case(2, 5, 3, 4), block_case(2, 5, 3, 4)]
