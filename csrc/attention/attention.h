@@ -30,15 +30,15 @@ struct Attention {
   DType dtype;
   const void* qkv;
   void *out, *log_sum_exp;  // outputs of the forward, inputs of the backward
-  void* rest;               // the same, as out, of bf16 and f16; may be null
-  float* scratch;           // on the CPU: as many values as the kernels' table says
+  void* rest;  // the same, as out, of bf16 and f16; may be null
+  float* scratch;  // on the CPU: as many values as the kernels' table says
 };
 
 struct AttentionBackward {
   Attention forward;
   const void* grad;  // of out
-  void* grad_qkv;    // (B, T, 3D)
-  void* workspace;   // on CUDA: (B, heads, T, 2): log_sum_exp, and delta; the halves' own kernels leave it alone
+  void* grad_qkv;  // (B, T, 3D)
+  void* workspace;  // on CUDA: (B, heads, T, 2): log_sum_exp, and delta; the halves' own kernels leave it alone
 };
 
 struct AttentionKernels {

@@ -49,8 +49,9 @@ void pack(const T* from, int64_t step, int64_t first, int64_t last, int64_t all_
       for (int64_t j = 0; j < kColumns; j += kFloats) {
         const int64_t left = smaller(larger(columns - column - j, 0), kFloats);
         const T* values = from + row * step + column + j;
-        store(to + column * all_rows + row * kColumns + j,
-              left == kFloats ? load(values) * scale : left == 0 ? Vec<float>{} : load(values, left) * scale);
+        store(to + column * all_rows + row * kColumns + j, left == kFloats ? load(values) * scale
+                                                           : left == 0     ? Vec<float>{}
+                                                                           : load(values, left) * scale);
       }
 }
 
