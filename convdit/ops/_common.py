@@ -150,12 +150,6 @@ class Function(torch.autograd.Function):
         }
         cls._twin = type(cls.__name__, (cls,), methods | {"__module__": cls.__module__})
 
-    @staticmethod
-    def keep(ctx, *outputs: Tensor) -> None:
-        """Outputs that are there for the backward alone, which needs no gradients of them: zeros else, and as large."""
-        ctx.mark_non_differentiable(*outputs)
-        ctx.set_materialize_grads(False)
-
     @classmethod
     def apply(cls, *args):
         if cls.hidden or torch.compiler.is_compiling() or peek_interpreter_stack() is not None:

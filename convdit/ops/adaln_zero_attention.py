@@ -54,8 +54,8 @@ def adaln_zero_attention(
         given = (x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias)
         try:
             if needs_grad(*given):
-                return _AdalnZeroAttention.apply(*given, num_heads, eps)[0]
-            return library.adaln_zero_attention_fwd(*given, num_heads, eps)
+                return _AdalnZeroAttention.shown(*given, num_heads, eps)[0]
+            return library.adaln_zero_attention_fwd.default(*given, num_heads, eps)
         except (RuntimeError, AttributeError):
             pass  # an argument to be cast, or an error, to be told by the parts
     check_floating("x", x)
@@ -93,16 +93,18 @@ def _(x_shape, *_args, **_kwargs) -> int:
 
 
 class _AdalnZeroAttention(Function):
+    hidden = 7
+
     @staticmethod
     def forward(x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps):
-        return library.adaln_zero_attention_fwd_save(
+        return library.adaln_zero_attention_fwd_save.default(
             x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, eps
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, modulation, qkv_weight, _, proj_weight, _, ctx.num_heads, _ = inputs
-        _AdalnZeroAttention.keep(ctx, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, modulation, qkv_weight, proj_weight, *output[1:])
 
     @staticmethod
@@ -111,15 +113,15 @@ class _AdalnZeroAttention(Function):
         x, modulation, qkv_weight, proj_weight, mean, rstd, modulated, qkv, attended, log_sum_exp, y = ctx.saved_tensors
         _, scale, gate = modulation.unbind(1)
         needed = ctx.needs_input_grad
-        grad_y, grad_gate = library.gated_residual_bwd(grad, y, gate)
-        grad_attended, grad_proj = library.linear_bwd(grad_y, attended, proj_weight, True, needed[4])
+        grad_y, grad_gate = library.gated_residual_bwd.default(grad, y, gate)
+        grad_attended, grad_proj = library.linear_bwd.default(grad_y, attended, proj_weight, True, needed[4])
         rest = attended.new_empty((attended.shape[0], 0, attended.shape[2]))
         softmax_scale = max(x.shape[2] // ctx.num_heads, 1) ** -0.5
-        grad_qkv = library.packed_attention_bwd(
+        grad_qkv = library.packed_attention_bwd.default(
             grad_attended, qkv, attended, log_sum_exp, rest, ctx.num_heads, softmax_scale
         )
-        grad_modulated, grad_qkv_weight = library.linear_bwd(grad_qkv, modulated, qkv_weight, True, needed[2])
-        grad_x, grad_shift, grad_scale = library.layer_norm_modulate_bwd(grad_modulated, x, scale, mean, rstd)
+        grad_modulated, grad_qkv_weight = library.linear_bwd.default(grad_qkv, modulated, qkv_weight, True, needed[2])
+        grad_x, grad_shift, grad_scale = library.layer_norm_modulate_bwd.default(grad_modulated, x, scale, mean, rstd)
         return (
             grad + grad_x if needed[0] else None,
             torch.stack([grad_shift, grad_scale, grad_gate], 1) if needed[1] else None,

@@ -43,8 +43,8 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) ->
     if scale is None:
         scale = max(width // (3 * num_heads), 1) ** -0.5
     if needs_grad(qkv):
-        return _PackedAttention.apply(qkv, num_heads, scale)[0]
-    return library.packed_attention_fwd(qkv, num_heads, scale, False)[0]
+        return _PackedAttention.shown(qkv, num_heads, scale)[0]
+    return library.packed_attention_fwd.default(qkv, num_heads, scale, False)[0]
 
 
 OUR_KERNELS = ["cuda"]  # devices where the arithmetic is ours
@@ -80,9 +80,11 @@ def _(grad, qkv, *_args, out_shape=None, **_kwargs) -> int:
 
 
 class _PackedAttention(Function):
+    hidden = 2
+
     @staticmethod
     def forward(qkv, num_heads, scale):
-        return library.packed_attention_fwd(qkv, num_heads, scale, True)
+        return library.packed_attention_fwd.default(qkv, num_heads, scale, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -93,4 +95,4 @@ class _PackedAttention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _log_sum_exp, _rest):
-        return library.packed_attention_bwd(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+        return library.packed_attention_bwd.default(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None

@@ -107,8 +107,8 @@ def convnext_block(
 
 def _block(x: Tensor, arguments: Sequence[Tensor | None], eps: float) -> Tensor:
     if needs_grad(x, *arguments):
-        return _ConvnextBlock.apply(x, *arguments, eps)[0]
-    return library.convnext_block_fwd(x, *arguments, eps)
+        return _ConvnextBlock.shown(x, *arguments, eps)[0]
+    return library.convnext_block_fwd.default(x, *arguments, eps)
 
 
 # Halves that this CPU has no products of: the branch is computed in float32, which is several times faster there.
@@ -228,6 +228,8 @@ def _(grad_shape, _1, _2, _3, weight1_shape, _5, _6, _7, _8, _eps, *needed, **_k
 class _ConvnextBlock(Function):
     """The block in two operators: up to the LayerNorm, u, and from there on."""
 
+    hidden = 6
+
     @staticmethod
     def forward(
         x,
@@ -244,10 +246,10 @@ class _ConvnextBlock(Function):
         eps,
     ):
         branch_x = x.to(pwconv1_weight.dtype)
-        u, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd(
+        u, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd.default(
             branch_x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, eps, True
         )
-        out, hidden, norm = library.convnext_mlp_fwd(
+        out, hidden, norm = library.convnext_mlp_fwd.default(
             x, u, pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps
         )
         return out, u, conv, mean, rstd, hidden, norm
@@ -255,7 +257,7 @@ class _ConvnextBlock(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.eps = inputs
-        _ConvnextBlock.keep(ctx, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
@@ -267,24 +269,28 @@ class _ConvnextBlock(Function):
         u, conv, mean, rstd, hidden, norm = kept
         needed = ctx.needs_input_grad
         before = any(needed[:5])
-        grad_u, grad_weight1, grad_bias1, grad_grn_weight, grad_grn_bias, grad_weight2 = library.convnext_mlp_bwd(
-            grad.to(u.dtype),
-            u,
-            hidden,
-            norm,
-            weight1,
-            bias1,
-            grn_weight,
-            grn_bias,
-            weight2,
-            ctx.eps,
-            before,
-            needed[5],
-            needed[9],
+        grad_u, grad_weight1, grad_bias1, grad_grn_weight, grad_grn_bias, grad_weight2 = (
+            library.convnext_mlp_bwd.default(
+                grad.to(u.dtype),
+                u,
+                hidden,
+                norm,
+                weight1,
+                bias1,
+                grn_weight,
+                grn_bias,
+                weight2,
+                ctx.eps,
+                before,
+                needed[5],
+                needed[9],
+            )
         )
         grads: list[Tensor | None] = [None] * 5
         if before:
-            grad_conv, *norm_grads = library.depthwise_conv2d_layer_norm_bwd(grad_u, conv, norm_weight, mean, rstd)
+            grad_conv, *norm_grads = library.depthwise_conv2d_layer_norm_bwd.default(
+                grad_u, conv, norm_weight, mean, rstd
+            )
             grads = [*conv_gradients(grad_conv, x.to(u.dtype), dwconv_weight, needed), *norm_grads]
         if needed[0]:
             grads[0] = (grad + grads[0]).to(x.dtype)

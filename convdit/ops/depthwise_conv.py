@@ -47,7 +47,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     bias = None if bias is None else parameter("bias", bias, x)
     if needs_grad(x, weight, bias):
         return _DepthwiseConv2d.apply(x, weight, bias)
-    return library.depthwise_conv2d_fwd(x, weight, bias)
+    return library.depthwise_conv2d_fwd.default(x, weight, bias)
 
 
 @torch.library.register_fake("convdit::depthwise_conv2d_fwd")
@@ -94,7 +94,7 @@ def _(grad_shape, x_shape, kernel_size, *_args, **_kwargs) -> int:
 class _DepthwiseConv2d(Function):
     @staticmethod
     def forward(x, weight, bias):
-        return library.depthwise_conv2d_fwd(x, weight, bias)
+        return library.depthwise_conv2d_fwd.default(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -112,10 +112,10 @@ def conv_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each only where it is needed."""
-    grad_x = library.depthwise_conv2d_input_grad(grad, weight) if needed[0] else None
+    grad_x = library.depthwise_conv2d_input_grad.default(grad, weight) if needed[0] else None
     grad_weight = grad_bias = None
     if needed[1]:
-        grad_weight, grad_bias = library.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1])
+        grad_weight, grad_bias = library.depthwise_conv2d_weight_grad.default(grad, x, weight.shape[-1])
     elif needed[2]:
         grad_bias = grad.sum((0, 1, 2), dtype=weight.dtype)
     return grad_x, grad_weight, grad_bias if needed[2] else None
@@ -153,8 +153,8 @@ def depthwise_conv2d_layer_norm(
     bias = None if bias is None else parameter("bias", bias, x)
     ln_weight, ln_bias = parameter("ln_weight", ln_weight, x), parameter("ln_bias", ln_bias, x)
     if needs_grad(x, weight, bias, ln_weight, ln_bias):
-        return _DepthwiseConv2dLayerNorm.apply(x, weight, bias, ln_weight, ln_bias, eps)[0]
-    return library.depthwise_conv2d_layer_norm_fwd(x, weight, bias, ln_weight, ln_bias, eps, False)[0]
+        return _DepthwiseConv2dLayerNorm.shown(x, weight, bias, ln_weight, ln_bias, eps)[0]
+    return library.depthwise_conv2d_layer_norm_fwd.default(x, weight, bias, ln_weight, ln_bias, eps, False)[0]
 
 
 @torch.library.register_fake("convdit::depthwise_conv2d_layer_norm_fwd")
@@ -181,9 +181,11 @@ def _(x_shape, weight_shape, *_args, **_kwargs) -> int:
 
 
 class _DepthwiseConv2dLayerNorm(Function):
+    hidden = 3
+
     @staticmethod
     def forward(x, weight, bias, ln_weight, ln_bias, eps):
-        return library.depthwise_conv2d_layer_norm_fwd(x, weight, bias, ln_weight, ln_bias, eps, True)
+        return library.depthwise_conv2d_layer_norm_fwd.default(x, weight, bias, ln_weight, ln_bias, eps, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -196,7 +198,7 @@ class _DepthwiseConv2dLayerNorm(Function):
     @once_differentiable
     def backward(ctx, grad, _conv, _mean, _rstd):
         x, weight, ln_weight, conv, mean, rstd = ctx.saved_tensors
-        grad_conv, grad_ln_weight, grad_ln_bias = library.depthwise_conv2d_layer_norm_bwd(
+        grad_conv, grad_ln_weight, grad_ln_bias = library.depthwise_conv2d_layer_norm_bwd.default(
             grad, conv, ln_weight, mean, rstd
         )
         grads = conv_gradients(grad_conv, x, weight, ctx.needs_input_grad)

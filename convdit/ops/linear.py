@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
         return _Linear.apply(x, weight, bias)
-    return library.linear_fwd(x, weight, bias)
+    return library.linear_fwd.default(x, weight, bias)
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -91,7 +91,7 @@ def _(grad_shape, x_shape, weight_shape, need_x, need_weight, **_kwargs) -> int:
 class _Linear(Function):
     @staticmethod
     def forward(x, weight, bias):
-        return library.linear_fwd(x, weight, bias)
+        return library.linear_fwd.default(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,7 +103,7 @@ class _Linear(Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x, grad_weight = library.linear_bwd(grad, x, weight, need_x, need_weight)
+        grad_x, grad_weight = library.linear_bwd.default(grad, x, weight, need_x, need_weight)
         return (
             grad_x if need_x else None,
             grad_weight if need_weight else None,

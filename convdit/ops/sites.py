@@ -35,7 +35,7 @@ def neighbors(indices: Tensor, n: int, h: int, w: int, radius: int) -> Tensor:
         Convolutional Networks".
     """
     check_tensor("indices", indices)
-    return library.neighbors(indices, n, h, w, radius)
+    return library.neighbors.default(indices, n, h, w, radius)
 
 
 @torch.library.register_fake("convdit::neighbors")

@@ -54,7 +54,7 @@ def sparse_depthwise_conv2d(features: Tensor, weight: Tensor, bias: Tensor | Non
     neighbors = sites.block_neighbors(-(-(kernel // 2) // sites.block))
     if needs_grad(features, weight, bias):
         return _SparseDepthwiseConv2d.apply(features, weight, bias, neighbors, sites.block)
-    return library.sparse_depthwise_conv2d_fwd(features, weight, bias, neighbors, sites.block)
+    return library.sparse_depthwise_conv2d_fwd.default(features, weight, bias, neighbors, sites.block)
 
 
 @torch.library.register_fake("convdit::sparse_depthwise_conv2d_fwd")
@@ -92,7 +92,7 @@ def _(grad, features, neighbors, block, kernel_size, out_shape=None, **_kwargs) 
 class _SparseDepthwiseConv2d(Function):
     @staticmethod
     def forward(features, weight, bias, neighbors, block):
-        return library.sparse_depthwise_conv2d_fwd(features, weight, bias, neighbors, block)
+        return library.sparse_depthwise_conv2d_fwd.default(features, weight, bias, neighbors, block)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -105,9 +105,9 @@ class _SparseDepthwiseConv2d(Function):
         features, weight, neighbors = ctx.saved_tensors
         grad_features = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_features = library.sparse_depthwise_conv2d_input_grad(grad, weight, neighbors, ctx.block)
+            grad_features = library.sparse_depthwise_conv2d_input_grad.default(grad, weight, neighbors, ctx.block)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_weight, grad_bias = library.sparse_depthwise_conv2d_weight_grad(
+            grad_weight, grad_bias = library.sparse_depthwise_conv2d_weight_grad.default(
                 grad, features, neighbors, ctx.block, weight.shape[-1]
             )
         return grad_features, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None, None

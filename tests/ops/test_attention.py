@@ -107,7 +107,9 @@ def test_large_scores_as_a_whole(case):
     low = harness.inputs(case, torch.float32, requires_grad=True)
     exact = tuple(a.detach().double().requires_grad_() for a in low)
     plain = replace(case, op=plain_attention)
-    ours, theirs, right = (harness.run(f, case, a) for f, a in ((case.op, low), (plain.op, low), (case.reference, exact)))
+    ours, theirs, right = (
+        harness.run(f, case, a) for f, a in ((case.op, low), (plain.op, low), (case.reference, exact))
+    )
     for o, p, r in zip(*([*v, *g] for v, g in (ours, theirs, right)), strict=True):
         harness.assert_rows_close(o.flatten(), p.flatten(), r.flatten(), torch.float32, str(case))
 
@@ -123,7 +125,9 @@ def test_gradient_of_a_query_sums_its_slopes_to_zero():
     assert 10 * ours[..., queries].abs().max() < plain[..., queries].abs().max()
 
 
-@pytest.mark.parametrize("blocked", [slice(0, 300), slice(300, 600), slice(3, 600)], ids=["first", "last", "nearly all"])
+@pytest.mark.parametrize(
+    "blocked", [slice(0, 300), slice(300, 600), slice(3, 600)], ids=["first", "last", "nearly all"]
+)
 def test_keys_that_score_minus_infinity_count_for_nothing(blocked):
     qkv = torch.randn(1, 600, 3, 2, 16)
     qkv[0, 7, 0, 0], qkv[0, blocked, 1, 0] = -1e30, 1e30  # one query's scores
