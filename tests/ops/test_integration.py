@@ -149,8 +149,10 @@ def test_compiled_without_gradients_it_runs_what_eager_mode_runs(name, monkeypat
         torch.compile(layer, backend=keep, fullgraph=True)(*args)
         with Calls() as calls:
             layer(*args)
-    ran = {func._schema.name.replace("::", ".") for func, _ in calls.made}
-    assert {str(target) for graph in graphs for target in graph} == ran
+    ran = {func._schema.name for func, _ in calls.made}
+    if name == "adaln_zero_attention":  # one operator in eager mode; of its parts the compiler makes more
+        ran = {f"convdit::{part}_fwd" for part in ("layer_norm_modulate", "packed_attention", "gated_residual")}
+    assert {target._schema.name for graph in graphs for target in graph} == ran
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -343,9 +345,9 @@ def test_the_table_reaches_every_registered_operator():
     reached = {func._schema.name for name in NAMES for func, _ in calls_of(name)}
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("convdit::")}
     # The first measures the CPU for the benchmark and computes nothing; the second overwrites: see test_gelu_tanh.py;
-    # the third is of accelerated models: see tests/dropin/test_products.py; the others are of large products and of
-    # some processors, and of accelerated models: see test_linear.py.
-    elsewhere = ("fma_probe", "gelu_tanh_", "packed_linear", "linear_fwd", "linear_bwd", "packed_qkv")
+    # the third is of accelerated models: see tests/dropin/test_products.py; the others are of large products on some
+    # processors, and of accelerated models: see test_linear.py.
+    elsewhere = ("fma_probe", "gelu_tanh_", "packed_linear", "linear_fwd", "packed_qkv")
     assert registered - reached == {f"convdit::{name}" for name in elsewhere}
 
 
