@@ -101,6 +101,10 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 
   float sums[row_tiles][kWidth / 8][4];
   clear(sums);
+  float others[row_tiles][2] = {};  // the sum of g, without that of the key which has nearly all weight
+  int nearly_all[row_tiles][2];     // that key, or -1
+#pragma unroll
+  for (int m = 0; m < row_tiles; ++m) nearly_all[m][0] = nearly_all[m][1] = -1;
   const bool has_rows = first + own_row < head.tokens;  // the same for the whole warp
   const int tiles = (head.tokens + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -122,10 +126,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float weight = exp2_approximate(fmaf(scores[m][n][i], scale, -log_sum_exp[m][i / 2]) * kLog2e);
-            grads[m][n][i] = weight * (grads[m][n][i] - delta[m][i / 2]);
-          }
+          for (int i = 0; i < 4; ++i) scores[m][n][i] = exp2_approximate(fmaf(scores[m][n][i], scale, -log_sum_exp[m][i / 2]) * kLog2e);
       if (left - key < kMma) {
         // Beyond the end the score is 0, which may be so far above the row's own that the weight is infinite.
 #pragma unroll
@@ -134,8 +135,34 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
           for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              if (key + n * 8 + lane % 4 * 2 + i % 2 >= left) grads[m][n][i] = 0;
+              if (key + n * 8 + lane % 4 * 2 + i % 2 >= left) scores[m][n][i] = 0;
       }
+      float largest = 0;
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            largest = fmaxf(largest, scores[m][n][i]);
+            grads[m][n][i] = scores[m][n][i] * (grads[m][n][i] - delta[m][i / 2]);
+          }
+      if (largest > kNearlyAll) {
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (scores[m][n][i] > kNearlyAll)
+                nearly_all[m][i / 2] = tile * kKeys + key + n * 8 + lane % 4 * 2 + i % 2, grads[m][n][i] = 0;
+      }
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) others[m][i / 2] += grads[m][n][i];
       uint32_t weights[row_tiles][4];
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) to_operand<T>(weights[m], grads[m][0], grads[m][1]);
@@ -146,7 +173,24 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
   if (has_rows) {
     float factors[row_tiles][2];
 #pragma unroll
-    for (int m = 0; m < row_tiles; ++m) factors[m][0] = factors[m][1] = scale;
+    for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        factors[m][half] = scale;
+        float& sum = others[m][half];
+        int& key = nearly_all[m][half];
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2)
+          sum += __shfl_xor_sync(0xffffffffu, sum, step), key = max(key, __shfl_xor_sync(0xffffffffu, key, step));
+        if (key < 0) continue;
+        const T* const row = head.k.from(key).first + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n) {
+          if (8 * n >= head.width) continue;
+          const float2 two = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(row + 8 * n));
+          sums[m][n][2 * half] -= sum * two.x, sums[m][n][2 * half + 1] -= sum * two.y;
+        }
+      }
     // Nobody reads the stage that would be loaded next.
     store_rows<kWidth>(stages + tiles % 2 * Plan::kKeyStage + own_row * kWidth, sums, factors, back.grad_q.from(first + own_row),
                        head.tokens - first - own_row, head.width);

@@ -45,8 +45,9 @@ __device__ __forceinline__ Unit unit_of(const P& p, int64_t strip, int unit) {
 }
 template <class Strip, class P>
 __host__ __device__ int64_t strips_of(const P& p) {
-  if constexpr (Strip::kUnits == 2) return p.width <= Strip::kColumns ? ceil_div(p.batch, 2) : p.batch;
-  return p.batch * ceil_div(p.width, Strip::kUnits * Strip::kColumns);
+  constexpr bool narrow = Strip::kUnits == 2;
+  if (narrow && p.width <= Strip::kColumns) return ceil_div(p.batch, 2);
+  return narrow ? p.batch : p.batch * ceil_div(p.width, Strip::kUnits * Strip::kColumns);
 }
 
 // Bytes from a row of the map to the next, and from a vector that a thread copies to its next in the row. As arguments of a kernel they
@@ -137,6 +138,18 @@ __device__ __forceinline__ void go_down(const Run& run, const Copy& copy, const 
   }
 }
 
+// A unit's row of x, number `row` of its run, in shared memory from `from` on. Calls use(k, values) for each row k of the kernel
+// by which it meets a row of outputs.
+template <class T, class Strip, class Use>
+__device__ __forceinline__ void for_kernel_rows(const Run& run, int row, const T* from, const Use& use) {
+  float values[Strip::kTaken];
+#pragma unroll
+  for (int i = 0; i < Strip::kTaken; ++i) values[i] = widen(from[i * kChannels]);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k)
+    if (static_cast<unsigned>(row - k) < static_cast<unsigned>(run.count)) use(k, values);
+}
+
 // ---- forward and input gradient --------------------------------------------------------------------------------------------------
 template <class T, class Strip>
 constexpr int kStripBytes = Strip::kSlots * Strip::kRow * sizeof(T) + kChannels * kTapCount * sizeof(float);
@@ -155,7 +168,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
     const Run run(p.height, task / groups % runs * length, length);
     Unit unit = unit_of<Strip>(p, strip, number);
     if (c >= p.channels) unit.inside = 0;
-    __syncthreads();  // the taps before may still be read
+    // Nobody reads the taps before any more: going down the map, all have waited for each other since.
     const int count = static_cast<int>(p.channels - c0 < kChannels ? p.channels - c0 : kChannels) * kTapCount;
     for (int i = 4 * threadIdx.x; i < count; i += 4 * Strip::kThreads)
       copy_async<16>(weights + i, static_cast<const float*>(p.weight) + c0 * kTapCount + i, true);
@@ -181,12 +194,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
     go_down<Strip>(run, copy, [&](int phase, int row, int slot) {
       if (row >= run.begin && row < end) {
         const T* from = ring + slot * Strip::kRow + number * Strip::kBetween * kChannels + lane;
-        float v[taken];
-#pragma unroll
-        for (int i = 0; i < taken; ++i) v[i] = widen(from[i * kChannels]);
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) {
-          if (static_cast<unsigned>(row - k) >= static_cast<unsigned>(run.count)) continue;
+        for_kernel_rows<T, Strip>(run, row, from, [&](int k, const float (&v)[taken]) {
           float (&to)[columns] = sum[(phase - k + kTaps) % kTaps];
 #pragma unroll
           for (int i = 0; i < taken; ++i)
@@ -195,7 +203,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
               const int tap = i + Strip::kFirst - j + kRadius;
               if (tap >= 0 && tap < kTaps) to[j] += v[i] * taps[k][tap];
             }
-        }
+        });
       }
       if (static_cast<unsigned>(row - 2 * kRadius) >= static_cast<unsigned>(run.count)) return;
       float (&done)[columns] = sum[(phase + 1) % kTaps];
@@ -258,12 +266,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) weight_tiles(
           for (int j = 0; j < columns; ++j) grad[phase][j] = widen(from[Strip::kRow + j * kChannels]), bias += grad[phase][j];
         }
         if (row < run.begin || row >= end) return;
-        float v[taken];
-#pragma unroll
-        for (int i = 0; i < taken; ++i) v[i] = widen(from[i * kChannels]);
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) {
-          if (static_cast<unsigned>(row - k) >= static_cast<unsigned>(run.count)) continue;
+        for_kernel_rows<T, Strip>(run, row, from, [&](int k, const float (&v)[taken]) {
           const float (&g)[columns] = grad[(phase - k + kTaps) % kTaps];
 #pragma unroll
           for (int tap = 0; tap < kTaps; ++tap) {
@@ -277,7 +280,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) weight_tiles(
             }
             sum[k][tap] += row_sum;
           }
-        }
+        });
       });
     }
     // The units' sums, one after the other.
