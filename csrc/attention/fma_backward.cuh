@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_fma(AttentionBackward p,
   float scales[lane_rows], ones[lane_rows];
 #pragma unroll
   for (int i = 0; i < lane_rows; ++i) scales[i] = scale, ones[i] = 1;
-  for (int first = from; first < to && first < head.tokens; first += Plan::kRows) {
+  for (int first = from; first < to; first += Plan::kRows) {
     const int keys_left = head.tokens - first;
     const Head<float> own = find_head().forward;
     load_tile<Plan::kRows, kWidth>(keys, own.k.from(first), keys_left, head.width);
