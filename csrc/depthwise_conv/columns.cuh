@@ -61,6 +61,12 @@ Steps steps_of(const P& p) {
   return {p.width * site, (Strip::kUnits == 2 ? kWarp : Strip::kThreads) / (kChannels / kVector<T>)*site};
 }
 
+// What a thread computes once: left to itself the compiler computes it again for each row of the map, to save its register.
+__device__ __forceinline__ int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- rows of a strip on their way to shared memory -------------------------------------------------------------------------------
 // `Columns` columns of 32 channels, copied by all threads, or in a narrow strip by a warp for its unit: the same few vectors of each row.
 template <class T, class Strip, int Columns>
@@ -69,6 +75,7 @@ struct RowCopy {
   static constexpr int kVectors = kChannels / kVector<T>, kThreads = kNarrow ? kWarp : Strip::kThreads, kPlaces = Columns * kVectors;
   static constexpr int kCopies = (kPlaces + kThreads - 1) / kThreads;
   const char* from;  // the thread's first vector in the next row
+  uint32_t to;  // and in a row of the ring, in bytes
   int64_t step;  // to its next
   bool inside[kCopies];
 
@@ -80,6 +87,7 @@ struct RowCopy {
     const Unit unit = unit_of<Strip>(p, strip, kNarrow ? threadIdx.x / kWarp : 0);
     const int64_t c = c0 + place % kVectors * kVector<T>, w = unit.column + column * unit.step;
     from = static_cast<const char*>(x) + (((unit.image * p.height + row) * p.width + w) * p.channels + c) * static_cast<int64_t>(sizeof(T));
+    to = kept((kNarrow ? threadIdx.x / kWarp * Strip::kBetween * kChannels * static_cast<int>(sizeof(T)) : 0) + place * 16);
     step = kNarrow ? unit.step * steps.copy : steps.copy;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -92,11 +100,11 @@ struct RowCopy {
   __device__ __forceinline__ void start(bool wanted, const Steps& steps, T* row) {
     if (wanted) {
       const int place = threadIdx.x % kThreads;
-      const uint32_t to = shared_address(row + (kNarrow ? threadIdx.x / kWarp * Strip::kBetween * kChannels : 0)) + place * 16;
+      const uint32_t first = shared_address(row) + to;
       const char* x = from;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i, x += step)
-        if (i < kPlaces / kThreads || place < kPlaces % kThreads) copy_async<16>(to + i * kThreads * 16, x, inside[i]);
+        if (i < kPlaces / kThreads || place < kPlaces % kThreads) copy_async<16>(first + i * kThreads * 16, x, inside[i]);
     }
     from += steps.row;
   }
@@ -116,6 +124,7 @@ struct Run {
     begin = first < kRadius ? static_cast<int>(kRadius - first) : 0;
     end = left < most + kRadius ? static_cast<int>(left) + kRadius : count + 2 * kRadius;
   }
+  __device__ bool has(int row) const { return static_cast<unsigned>(row - begin) < static_cast<unsigned>(end - begin); }
 };
 
 // Calls copy(row, slot) and then use(row % 7, row, slot) for the rows of a run; row % 7 is a constant.
@@ -186,14 +195,14 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
     }
 #pragma unroll
     for (int i = 0; i < kTaps * columns; ++i) sum[i / columns][i % columns] = bias;
-    const int end = unit.inside > 0 ? run.end : 0;
+    const int own = kept((number * Strip::kBetween * kChannels + lane) * static_cast<int>(sizeof(T)));
     char* y = static_cast<char*>(p.y) +
               (((unit.image * p.height + run.first) * p.width + unit.column) * p.channels + c) * static_cast<int64_t>(sizeof(T));
     InputCopy<T, Strip> source(p, p.x, steps, strip, c0, run.first - kRadius, Strip::kFirst, Strip::kStored);
-    const auto copy = [&](int row, int slot) { source.start(row >= run.begin && row < run.end, steps, ring + slot * Strip::kRow); };
+    const auto copy = [&](int row, int slot) { source.start(run.has(row), steps, ring + slot * Strip::kRow); };
     go_down<Strip>(run, copy, [&](int phase, int row, int slot) {
-      if (row >= run.begin && row < end) {
-        const T* from = ring + slot * Strip::kRow + number * Strip::kBetween * kChannels + lane;
+      if (unit.inside > 0 && run.has(row)) {
+        const T* from = reinterpret_cast<const T*>(bytes + slot * (Strip::kRow * static_cast<int>(sizeof(T))) + own);
         for_kernel_rows<T, Strip>(run, row, from, [&](int k, const float (&v)[taken]) {
           float (&to)[columns] = sum[(phase - k + kTaps) % kTaps];
 #pragma unroll
@@ -251,21 +260,21 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) weight_tiles(
       piece += together;
       const Unit unit = unit_of<Strip>(p, strip, number);
       step = unit.step;
-      const int end = unit.inside > 0 ? run.end : 0;
+      const int own = kept((number * Strip::kBetween * kChannels + lane) * static_cast<int>(sizeof(T)));
       InputCopy<T, Strip> source(p, p.x, steps, strip, c0, run.first - kRadius, Strip::kFirst, Strip::kStored);
       GradCopy<T, Strip> grad_source(p, p.grad, steps, strip, c0, run.first, 0, Strip::kUnits == 2 ? unit.inside : Strip::kUnits * columns);
       const auto copy = [&](int row, int slot) {
-        source.start(row >= run.begin && row < run.end, steps, ring + slot * row_size);
+        source.start(run.has(row), steps, ring + slot * row_size);
         grad_source.start(row < run.count, steps, ring + slot * row_size + Strip::kRow);
       };
       float grad[kTaps][columns];  // of the seven last rows
       go_down<Strip>(run, copy, [&](int phase, int row, int slot) {
-        const T* from = ring + slot * row_size + number * Strip::kBetween * kChannels + lane;
+        const T* from = reinterpret_cast<const T*>(bytes + slot * (row_size * static_cast<int>(sizeof(T))) + own);
         if (row < run.count) {
 #pragma unroll
           for (int j = 0; j < columns; ++j) grad[phase][j] = widen(from[Strip::kRow + j * kChannels]), bias += grad[phase][j];
         }
-        if (row < run.begin || row >= end) return;
+        if (unit.inside == 0 || !run.has(row)) return;
         for_kernel_rows<T, Strip>(run, row, from, [&](int k, const float (&v)[taken]) {
           const float (&g)[columns] = grad[(phase - k + kTaps) % kTaps];
 #pragma unroll
