@@ -214,7 +214,7 @@ def operators() -> Iterator[Operator]:
             yield Operator(
                 f"packed_attention 64x{t}x{d} {heads} heads {kind}",
                 64 * heads,
-                (1, 2),
+                (4, 6),  # so many that a head's keys are one part, as at the listed batch
                 lambda n, t=t, w=d // heads: (lambda qkv, n=n: ops.packed_attention(qkv, n), [randn(1, t, 3 * n * w)]),
                 (4 * row / heads, 8 * row / heads),
                 (2 * t * t * d / heads, 5 * t * t * d / heads),
