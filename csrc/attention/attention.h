@@ -38,7 +38,7 @@ struct AttentionBackward {
   Attention forward;
   const void* grad;  // of out
   void* grad_qkv;  // (B, T, 3D)
-  void* workspace;  // on CUDA: (B, heads, T, 2): log_sum_exp, and delta; the halves' own kernels leave it alone
+  void* workspace;  // on CUDA: of as many elements as attention_backward_workspace says; null where that is 0
 };
 
 struct AttentionKernels {
@@ -50,6 +50,8 @@ struct AttentionKernels {
 CONVDIT_CPU_TABLE(AttentionKernels, attention)
 
 namespace cuda {
+// Looks at the pointers' alignment, not at the workspace.
+int64_t attention_backward_workspace(const AttentionBackward&);
 // Enqueue on `stream`; return cudaError_t.
 int attention_forward(const Attention&, void* stream);
 int attention_backward(const AttentionBackward&, void* stream);

@@ -22,7 +22,8 @@ struct BackwardPlan {
   static constexpr int kOwn = kOwnKeys * kWidth, kKept = (kKeysInTile + kValuesInTile) * kOwn;
   static_assert((2 - kKeysInTile - kValuesInTile) * kOwn <= kStage, "what registers keep comes in through a stage");
   static constexpr int kStatisticsBytes = 2 * kStep * static_cast<int>(sizeof(float));
-  static constexpr int kBytesOfKeys = (3 * kStage + kKept) * kSize + kStatisticsBytes, kBytesOfQueries = 2 * kKeyStage * kSize;
+  static constexpr int kBytesOfKeys = (3 * kStage + kKept) * kSize + kStatisticsBytes,
+                       kBytesOfQueries = 2 * kKeyStage * kSize + kQueries * 4;
   static constexpr int kSharedBytes = kBytesOfKeys > kBytesOfQueries ? kBytesOfKeys : kBytesOfQueries;
   static_assert(kSharedBytes <= 99 * 1024);
 };
@@ -49,6 +50,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
   constexpr int row_tiles = Plan::kQueryTiles;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const stages = reinterpret_cast<T*>(shared);
+  int* const nearly_all = reinterpret_cast<int*>(stages + 2 * Plan::kKeyStage);  // of each row that key, or -1
   const Matrices<kWidth> matrices;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_row = warp * row_tiles * kMma;
   const uint32_t stage_0 = shared_address(shared), own_rows = stage_0 + own_row * Plan::kRowBytes;
@@ -71,6 +73,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) add_diagonal<T>(delta[m], grad, m, matrices, own_rows + stage_bytes + m * kMma * Plan::kRowBytes);
   };
+  if (lane < row_tiles * kMma) nearly_all[own_row + lane] = -1;
   load_own(0, back.grad);
   load_own(1, {head.out.first, head.out.stride});
   wait_copies<0>();
@@ -101,6 +104,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 
   float sums[row_tiles][kWidth / 8][4];
   clear(sums);
+  float others[row_tiles][2] = {};  // the sum of g, without that of the key which has nearly all weight
   const bool has_rows = first + own_row < head.tokens;  // the same for the whole warp
   const int tiles = (head.tokens + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -122,10 +126,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float weight = exp2_approximate(fmaf(scores[m][n][i], scale, -log_sum_exp[m][i / 2]) * kLog2e);
-            grads[m][n][i] = weight * (grads[m][n][i] - delta[m][i / 2]);
-          }
+          for (int i = 0; i < 4; ++i) scores[m][n][i] = exp2_approximate(fmaf(scores[m][n][i], scale, -log_sum_exp[m][i / 2]) * kLog2e);
       if (left - key < kMma) {
         // Beyond the end the score is 0, which may be so far above the row's own that the weight is infinite.
 #pragma unroll
@@ -134,8 +135,36 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
           for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              if (key + n * 8 + lane % 4 * 2 + i % 2 >= left) grads[m][n][i] = 0;
+              if (key + n * 8 + lane % 4 * 2 + i % 2 >= left) scores[m][n][i] = 0;
       }
+      float largest = 0;
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            largest = fmaxf(largest, scores[m][n][i]);
+            grads[m][n][i] = scores[m][n][i] * (grads[m][n][i] - delta[m][i / 2]);
+          }
+      if (largest > kNearlyAll) {
+#pragma unroll
+        for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (scores[m][n][i] > kNearlyAll) {
+                nearly_all[own_row + m * kMma + i / 2 * 8 + lane / 4] = tile * kKeys + key + n * 8 + lane % 4 * 2 + i % 2;
+                grads[m][n][i] = 0;
+              }
+      }
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) others[m][i / 2] += grads[m][n][i];
       uint32_t weights[row_tiles][4];
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) to_operand<T>(weights[m], grads[m][0], grads[m][1]);
@@ -144,9 +173,26 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
   }
 
   if (has_rows) {
+    __syncwarp();  // the keys with nearly all weight are there
     float factors[row_tiles][2];
 #pragma unroll
-    for (int m = 0; m < row_tiles; ++m) factors[m][0] = factors[m][1] = scale;
+    for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        factors[m][half] = scale;
+        float& sum = others[m][half];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int key = nearly_all[own_row + m * kMma + half * 8 + lane / 4];
+        if (key < 0) continue;
+        const T* const row = head.k.from(key).first + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n) {
+          if (8 * n >= head.width) continue;
+          const float2 two = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(row + 8 * n));
+          sums[m][n][2 * half] -= sum * two.x, sums[m][n][2 * half + 1] -= sum * two.y;
+        }
+      }
     // Nobody reads the stage that would be loaded next.
     store_rows<kWidth>(stages + tiles % 2 * Plan::kKeyStage + own_row * kWidth, sums, factors, back.grad_q.from(first + own_row),
                        head.tokens - first - own_row, head.width);

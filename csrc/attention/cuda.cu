@@ -1,9 +1,11 @@
 // CUDA attention; see attention.h for the formulas. Which kernel: bf16 and f16 by mma.sync (forward.cuh, backward.cuh),
-// float32 by fused multiply-adds (fma.cuh), both on rows of whole 16-byte vectors up to 128 wide; all else scalar.cuh.
+// float32 by fused multiply-adds (fma.cuh, fma_backward.cuh), both on rows of whole 16-byte vectors up to 128 wide; all else scalar.cuh.
 #include "attention/attention.h"
 
+#include <algorithm>
+
 #include "attention/backward.cuh"
-#include "attention/fma.cuh"
+#include "attention/fma_backward.cuh"
 #include "attention/forward.cuh"
 #include "attention/scalar.cuh"
 #include "common/launch.cuh"
@@ -69,10 +71,36 @@ int forward(const Attention& p, cudaStream_t stream) {
 }
 
 template <class T>
+bool fits_tiles(const AttentionBackward& b) {
+  return fits_tiles<T>(b.forward) && aligned(16, b.grad, b.grad_qkv);
+}
+
+// Into how many parts a head's keys go in the backward of float32: as many as keep a GPU busy, each of some tiles.
+#ifndef CONVDIT_ENOUGH_BLOCKS
+#define CONVDIT_ENOUGH_BLOCKS 256
+#endif
+int64_t key_parts(const Attention& p) {
+  constexpr int64_t most = 16;  // workspaces as large as the gradient of q
+  return dispatch_width<float>(p.head_dim, [&](auto width) {
+    const int64_t tiles = ceil_div(p.tokens, FmaBackward<width.value>::kRows);
+    return static_cast<int>(std::min({tiles, most, ceil_div(CONVDIT_ENOUGH_BLOCKS, p.batch * p.heads)}));
+  });
+}
+
+template <class T>
+int64_t backward_workspace(const AttentionBackward& b) {
+  const Attention& p = b.forward;
+  if (!fits_tiles<T>(b)) return p.batch * p.heads * p.tokens * 2;  // statistics
+  if (sizeof(T) == 2) return 0;
+  const int64_t parts = key_parts(p), gradients = parts > 1 ? parts * p.batch * p.tokens * p.heads * p.head_dim : 0;
+  return 2 * (part_statistics(p, parts) + 1) + gradients;
+}
+
+template <class T>
 int backward(const AttentionBackward& b, cudaStream_t stream) {
   const Attention& p = b.forward;
   const auto both = [](int first, const auto& second) { return first ? first : second(); };
-  if (!fits_tiles<T>(p) || !aligned(16, b.grad, b.grad_qkv))
+  if (!fits_tiles<T>(b))
     return both(launch_rows(backward_queries_scalar<T>, b, p, stream), [&] { return launch_rows(backward_keys_scalar<T>, b, p, stream); });
   return dispatch_width<T>(p.head_dim, [&](auto width) {
     if constexpr (sizeof(T) == 2) {
@@ -80,10 +108,12 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
       const int64_t a_head = ceil_div(p.tokens, Plan::kOwnKeys) + ceil_div(p.tokens, Plan::kQueries);
       return launch_tiles(backward_mma<T, width.value>, b, p, a_head, Plan::kSharedBytes, stream);
     } else {
-      using Plan = FmaBackward<width.value>;
-      const int64_t a_head = ceil_div(p.tokens, Plan::kRows);
-      return both(launch_tiles(backward_queries_fma<width.value>, b, p, a_head, Plan::kBytes, stream),
-                  [&] { return launch_tiles(backward_keys_fma<width.value>, b, p, a_head, Plan::kBytes, stream); });
+      const int64_t parts = key_parts(p);
+      constexpr int bytes = kFmaBackwardBytes<FmaBackward<width.value>>;
+      const int status = launch_tiles(backward_fma<width.value>, b, p, parts, bytes, stream);
+      if (status) return status;
+      finish_queries<<<grid(ceil_div(p.batch * p.tokens * p.heads * p.head_dim / 4, kThreads)), kThreads, 0, stream>>>(b, parts);
+      return launch_status();
     }
   });
 }
@@ -92,6 +122,9 @@ int backward(const AttentionBackward& b, cudaStream_t stream) {
 
 int attention_forward(const Attention& p, void* stream) {
   return dispatch(p.dtype, [&](auto x) { return forward<decltype(x)>(p, stream_of(stream)); });
+}
+int64_t attention_backward_workspace(const AttentionBackward& p) {
+  return dispatch(p.forward.dtype, [&](auto x) { return backward_workspace<decltype(x)>(p); });
 }
 int attention_backward(const AttentionBackward& p, void* stream) {
   return dispatch(p.forward.dtype, [&](auto x) { return backward<decltype(x)>(p, stream_of(stream)); });

@@ -21,12 +21,6 @@ struct FmaPlan {
 };
 template <int kWidth>
 using FmaForward = FmaPlan<kWidth, kWidth <= 96 ? 32 : 16, kWidth <= 64 ? 64 : 32, 1>;
-template <int kWidth>
-using FmaBackward = FmaPlan<kWidth,
-                            kWidth <= 64   ? 32
-                            : kWidth <= 96 ? 16
-                                           : 8,
-                            (kWidth > 64 && kWidth <= 80) ? 64 : 32, 2>;
 
 // A thread's place: its first row of the block's, and its first column.
 template <class Plan>
@@ -98,9 +92,10 @@ struct LaneColumns {
   // Of row `row` of a tile that starts at `tile`.
   static __device__ __forceinline__ void load(float (&x)[kCount], const float* tile, int row, int column) {
     using Layout = Tile<float, kWidth>;
+    const float* const first = tile + Layout::at(row, column);  // chunks change places within eight
 #pragma unroll
     for (int n = 0; n < kFours; ++n) {
-      const float4 y = four(tile + Layout::at(row, column + n * kAcross));
+      const float4 y = four(first + 4 * n * kAcross);
       x[4 * n] = y.x, x[4 * n + 1] = y.y, x[4 * n + 2] = y.z, x[4 * n + 3] = y.w;
     }
     const float* const left = tile + Layout::at(row, kFours * kAcross + column * kLeft / 4) + column * kLeft % 4;
@@ -123,42 +118,54 @@ __device__ __forceinline__ void add_weighted_rows(FmaSums<kWidth, Plan>& sums, c
   for (int row = 0; row < Plan::kColumns; row += 8) {
     const float* const rows = weights + weights_at<Plan>(place.row, row / 8);
 #pragma unroll
-    for (int k = 0; k < 8; k += 2) {
-      float b[2][columns];
+    for (int k = 0; k < 8; k += 4) {
+      float b[4][columns];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) LaneColumns<kWidth>::load(b[i], tile + row * kWidth, k + i, place.column);
+      for (int i = 0; i < 4; ++i) LaneColumns<kWidth>::load(b[i], tile + row * kWidth, k + i, place.column);
 #pragma unroll
       for (int i = 0; i < Plan::kLaneRows; ++i) {
-        const float2 w = *reinterpret_cast<const float2*>(rows + i * kDown * Plan::kColumns + k);
+        const float4 w = four(rows + i * kDown * Plan::kColumns + k);
 #pragma unroll
-        for (int j = 0; j < columns; ++j) sums[i][j] += w.x * b[0][j], sums[i][j] += w.y * b[1][j];
+        for (int j = 0; j < columns; ++j) {
+          sums[i][j] += w.x * b[0][j], sums[i][j] += w.y * b[1][j];
+          sums[i][j] += w.z * b[2][j], sums[i][j] += w.w * b[3][j];
+        }
       }
     }
   }
 }
 
+// A lane's share of a row, times a factor, to memory; `add`: to what is there.
+template <int kWidth>
+__device__ __forceinline__ void store_row(const float (&sums)[LaneColumns<kWidth>::kCount], float factor, float* to, int width,
+                                          bool add = false) {
+  using Columns = LaneColumns<kWidth>;
+  const int lane = threadIdx.x % kAcross;
+#pragma unroll
+  for (int n = 0; n < Columns::kFours; ++n) {
+    const int column = 32 * n + 4 * lane;
+    if (column >= width) continue;
+    const float* x = sums + 4 * n;
+    const float4 old = add ? four(to + column) : float4{};
+    *reinterpret_cast<float4*>(to + column) =
+        make_float4(old.x + x[0] * factor, old.y + x[1] * factor, old.z + x[2] * factor, old.w + x[3] * factor);
+  }
+#pragma unroll
+  for (int n = 0; n < Columns::kLeft; ++n) {
+    const int column = 32 * Columns::kFours + Columns::kLeft * lane + n;
+    if (column < width) to[column] = (add ? to[column] : 0.f) + sums[4 * Columns::kFours + n] * factor;
+  }
+}
 // `rows`: from the block's first row on, of which `length` exist.
 template <int kWidth, class Plan>
 __device__ __forceinline__ void store_rows(const FmaSums<kWidth, Plan>& sums, const float (&factors)[Plan::kLaneRows], Rows<float> rows,
                                            int length, int width) {
-  using Columns = LaneColumns<kWidth>;
   const FmaPlace<Plan> place;
 #pragma unroll
   for (int i = 0; i < Plan::kLaneRows; ++i) {
     const int row = place.row + i * kDown;
     if (row >= length) return;
-    float* const to = rows.from(row).first;
-#pragma unroll
-    for (int n = 0; n < Columns::kFours; ++n) {
-      const int column = 32 * n + 4 * place.column;
-      const float *x = sums[i] + 4 * n, f = factors[i];
-      if (column < width) *reinterpret_cast<float4*>(to + column) = make_float4(x[0] * f, x[1] * f, x[2] * f, x[3] * f);
-    }
-#pragma unroll
-    for (int n = 0; n < Columns::kLeft; ++n) {
-      const int column = 32 * Columns::kFours + Columns::kLeft * place.column + n;
-      if (column < width) to[column] = sums[i][4 * Columns::kFours + n] * factors[i];
-    }
+    store_row<kWidth>(sums[i], factors[i], rows.from(row).first, width);
   }
 }
 
@@ -235,121 +242,6 @@ __global__ void __launch_bounds__(kThreads, 2) forward_fma(Attention p, Blocks b
     total[i] = 1 / total[i];
   }
   store_rows<kWidth, Plan>(sums, total, head.out.from(first), head.tokens - first, head.width);
-}
-
-// The gradient of q; leaves the statistics of its rows for the next launch.
-template <int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) backward_queries_fma(AttentionBackward p, Blocks blocks) {
-  using Plan = FmaBackward<kWidth>;
-  constexpr int lane_rows = Plan::kLaneRows, lane_columns = Plan::kLaneColumns;
-  extern __shared__ __align__(16) float memory[];
-  float *const queries = memory, *const grads_out = queries + Plan::kOwn, *const keys = grads_out + Plan::kOwn;
-  float *const values = keys + Plan::kTile, *const weights = values + Plan::kTile;
-  const FmaPlace<Plan> place;
-  const float scale = static_cast<float>(p.forward.scale);
-  const int first = blocks.tile() * Plan::kRows;
-  const HeadBackward<float> back = head_of<float>(p, blocks.head());
-  const Head<float>& head = back.forward;
-  load_tile<Plan::kRows, kWidth>(queries, head.q.from(first), head.tokens - first, head.width);
-  load_tile<Plan::kRows, kWidth>(grads_out, back.grad.from(first), head.tokens - first, head.width);
-  const bool has_rows = first + place.warp_row < head.tokens;  // the same for the whole warp
-  FmaSums<kWidth, Plan> sums = {};
-  float delta[lane_rows] = {}, log_sum_exp[lane_rows] = {}, factors[lane_rows];
-#pragma unroll
-  for (int i = 0; i < lane_rows; ++i) {
-    const int row = first + place.row + i * kDown;
-    factors[i] = scale;
-    if (row < head.tokens) {
-      const float *grad = back.grad.from(row).first, *out = head.out.from(row).first;
-      for (int c = place.column; c < head.width; c += kAcross) delta[i] += grad[c] * out[c];
-      log_sum_exp[i] = *head.log_sum_exp.from(row).first;
-    }
-    delta[i] = sum_across(delta[i]);
-    if (place.column == 0 && row < head.tokens) reinterpret_cast<float2*>(back.statistics)[row] = make_float2(log_sum_exp[i], delta[i]);
-  }
-  for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
-    const int left = head.tokens - begin;
-    load_tile<Plan::kColumns, kWidth>(keys, head.k.from(begin), left, head.width);
-    load_tile<Plan::kColumns, kWidth>(values, head.v.from(begin), left, head.width);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    if (has_rows) {
-      float scores[lane_rows][lane_columns], grads[lane_rows][lane_columns];
-      multiply_rows<kWidth, Plan>(scores, queries, keys);
-      multiply_rows<kWidth, Plan>(grads, grads_out, values);
-#pragma unroll
-      for (int i = 0; i < lane_rows; ++i)
-#pragma unroll
-        for (int j = 0; j < lane_columns; ++j)
-          grads[i][j] = expf(__fmul_rn(scores[i][j], scale) - log_sum_exp[i]) * (grads[i][j] - delta[i]);
-      if (left < Plan::kColumns) {  // Beyond the end a weight is 0: the score 0 of no key may be far above the row's own.
-#pragma unroll
-        for (int j = 0; j < lane_columns; ++j)
-          if (place.column + j * kAcross >= left)
-#pragma unroll
-            for (int i = 0; i < lane_rows; ++i) grads[i][j] = 0;
-      }
-      share_weights<Plan>(weights, grads);
-      add_weighted_rows<kWidth, Plan>(sums, weights, keys);
-    }
-    __syncthreads();  // before the next copies
-  }
-  store_rows<kWidth, Plan>(sums, factors, back.grad_q.from(first), head.tokens - first, head.width);
-}
-
-// The gradients of k and v. Products are transposed here: rows are keys, columns queries.
-template <int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) backward_keys_fma(AttentionBackward p, Blocks blocks) {
-  using Plan = FmaBackward<kWidth>;
-  constexpr int lane_rows = Plan::kLaneRows, lane_columns = Plan::kLaneColumns;
-  extern __shared__ __align__(16) float memory[];
-  float *const keys = memory, *const values = keys + Plan::kOwn, *const queries = values + Plan::kOwn;
-  float *const grads_out = queries + Plan::kTile, *const weights = grads_out + Plan::kTile;
-  const FmaPlace<Plan> place;
-  const float scale = static_cast<float>(p.forward.scale);
-  const int first = blocks.tile() * Plan::kRows;
-  const HeadBackward<float> back = head_of<float>(p, blocks.head());
-  const Head<float>& head = back.forward;
-  load_tile<Plan::kRows, kWidth>(keys, head.k.from(first), head.tokens - first, head.width);
-  load_tile<Plan::kRows, kWidth>(values, head.v.from(first), head.tokens - first, head.width);
-  const bool has_rows = first + place.warp_row < head.tokens;  // the same for the whole warp
-  FmaSums<kWidth, Plan> grad_k = {}, grad_v = {};
-  float scales[lane_rows], ones[lane_rows];
-#pragma unroll
-  for (int i = 0; i < lane_rows; ++i) scales[i] = scale, ones[i] = 1;
-  for (int begin = 0; begin < head.tokens; begin += Plan::kColumns) {
-    const int left = head.tokens - begin;
-    load_tile<Plan::kColumns, kWidth>(queries, head.q.from(begin), left, head.width);
-    load_tile<Plan::kColumns, kWidth>(grads_out, back.grad.from(begin), left, head.width);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    if (has_rows) {
-      float scores[lane_rows][lane_columns], grads[lane_rows][lane_columns];
-      multiply_rows<kWidth, Plan>(scores, keys, queries);
-      multiply_rows<kWidth, Plan>(grads, values, grads_out);
-#pragma unroll
-      for (int j = 0; j < lane_columns; ++j) {
-        // Queries beyond the end are zeros, and so are their gradients and statistics: their weights are 1, of nothing.
-        const int column = place.column + j * kAcross;
-        const float2 row = column < left ? reinterpret_cast<const float2*>(back.statistics)[begin + column] : float2{};
-#pragma unroll
-        for (int i = 0; i < lane_rows; ++i) {
-          scores[i][j] = expf(__fmul_rn(scores[i][j], scale) - row.x);
-          grads[i][j] = scores[i][j] * (grads[i][j] - row.y);
-        }
-      }
-      share_weights<Plan>(weights, scores);
-      add_weighted_rows<kWidth, Plan>(grad_v, weights, grads_out);
-      __syncwarp();  // before the same weights are written again
-      share_weights<Plan>(weights, grads);
-      add_weighted_rows<kWidth, Plan>(grad_k, weights, queries);
-    }
-    __syncthreads();  // before the next copies
-  }
-  store_rows<kWidth, Plan>(grad_k, scales, back.grad_k.from(first), head.tokens - first, head.width);
-  store_rows<kWidth, Plan>(grad_v, ones, back.grad_v.from(first), head.tokens - first, head.width);
 }
 
 }  // namespace convdit::cuda

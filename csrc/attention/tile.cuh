@@ -7,6 +7,9 @@
 namespace convdit::cuda {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+// A row's g sums to 0. Where one key has nearly all of a row's weight, its own g is a difference of two numbers that are nearly the same,
+// and of which float32 may leave nothing: in the gradient of q it is minus the sum of the others. A row has one such key at most.
+constexpr float kNearlyAll = 0.6f;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // The blocks of a launch: some for each head of each sample, one a tile of its rows.
@@ -56,7 +59,7 @@ struct HeadBackward {
   Head<T> forward;
   Rows<const T> grad;
   Rows<T> grad_q, grad_k, grad_v;
-  A* statistics;  // of row t: log_sum_exp at 2t, delta at 2t + 1
+  A* statistics;  // two of each row, from a launch for the next
 };
 template <class T>
 __device__ __forceinline__ HeadBackward<T> head_of(const AttentionBackward& b, int64_t index) {

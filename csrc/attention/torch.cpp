@@ -77,10 +77,11 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
   const Tensor qkv = in_vectors(qkv_in, s), grad = in_vectors(dense(grad_in), s), out = in_vectors(dense(out_in), s);
   const Tensor rest = in_vectors(dense(rest_in), s);
   const Tensor log_sum_exp = dense(log_sum_exp_in);
-  const Tensor workspace = allocate({s.batch, s.heads, s.tokens, 2}, accumulate_dtype(qkv), qkv);
-  AttentionBackward p{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr(), workspace.mutable_data_ptr()};
+  AttentionBackward p{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr(), nullptr};
   p.forward.out = out.mutable_data_ptr(), p.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
   if (rest.numel() > 0) p.forward.rest = rest.mutable_data_ptr();
+  const Tensor workspace = allocate({cuda::attention_backward_workspace(p)}, accumulate_dtype(qkv), qkv);
+  p.workspace = workspace.mutable_data_ptr();
   CONVDIT_RUN(attention, backward, qkv, p);
 }
 

@@ -45,8 +45,9 @@ __device__ __forceinline__ Unit unit_of(const P& p, int64_t strip, int unit) {
 }
 template <class Strip, class P>
 __host__ __device__ int64_t strips_of(const P& p) {
-  if constexpr (Strip::kUnits == 2) return p.width <= Strip::kColumns ? ceil_div(p.batch, 2) : p.batch;
-  return p.batch * ceil_div(p.width, Strip::kUnits * Strip::kColumns);
+  constexpr bool narrow = Strip::kUnits == 2;
+  if (narrow && p.width <= Strip::kColumns) return ceil_div(p.batch, 2);
+  return narrow ? p.batch : p.batch * ceil_div(p.width, Strip::kUnits * Strip::kColumns);
 }
 
 // Bytes from a row of the map to the next, and from a vector that a thread copies to its next in the row. As arguments of a kernel they
@@ -60,6 +61,12 @@ Steps steps_of(const P& p) {
   return {p.width * site, (Strip::kUnits == 2 ? kWarp : Strip::kThreads) / (kChannels / kVector<T>)*site};
 }
 
+// What a thread computes once: left to itself the compiler computes it again for each row of the map, to save its register.
+__device__ __forceinline__ int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- rows of a strip on their way to shared memory -------------------------------------------------------------------------------
 // `Columns` columns of 32 channels, copied by all threads, or in a narrow strip by a warp for its unit: the same few vectors of each row.
 template <class T, class Strip, int Columns>
@@ -68,6 +75,7 @@ struct RowCopy {
   static constexpr int kVectors = kChannels / kVector<T>, kThreads = kNarrow ? kWarp : Strip::kThreads, kPlaces = Columns * kVectors;
   static constexpr int kCopies = (kPlaces + kThreads - 1) / kThreads;
   const char* from;  // the thread's first vector in the next row
+  uint32_t to;  // and in a row of the ring, in bytes
   int64_t step;  // to its next
   bool inside[kCopies];
 
@@ -79,6 +87,7 @@ struct RowCopy {
     const Unit unit = unit_of<Strip>(p, strip, kNarrow ? threadIdx.x / kWarp : 0);
     const int64_t c = c0 + place % kVectors * kVector<T>, w = unit.column + column * unit.step;
     from = static_cast<const char*>(x) + (((unit.image * p.height + row) * p.width + w) * p.channels + c) * static_cast<int64_t>(sizeof(T));
+    to = kept((kNarrow ? threadIdx.x / kWarp * Strip::kBetween * kChannels * static_cast<int>(sizeof(T)) : 0) + place * 16);
     step = kNarrow ? unit.step * steps.copy : steps.copy;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -91,11 +100,11 @@ struct RowCopy {
   __device__ __forceinline__ void start(bool wanted, const Steps& steps, T* row) {
     if (wanted) {
       const int place = threadIdx.x % kThreads;
-      const uint32_t to = shared_address(row + (kNarrow ? threadIdx.x / kWarp * Strip::kBetween * kChannels : 0)) + place * 16;
+      const uint32_t first = shared_address(row) + to;
       const char* x = from;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i, x += step)
-        if (i < kPlaces / kThreads || place < kPlaces % kThreads) copy_async<16>(to + i * kThreads * 16, x, inside[i]);
+        if (i < kPlaces / kThreads || place < kPlaces % kThreads) copy_async<16>(first + i * kThreads * 16, x, inside[i]);
     }
     from += steps.row;
   }
@@ -115,6 +124,7 @@ struct Run {
     begin = first < kRadius ? static_cast<int>(kRadius - first) : 0;
     end = left < most + kRadius ? static_cast<int>(left) + kRadius : count + 2 * kRadius;
   }
+  __device__ bool has(int row) const { return static_cast<unsigned>(row - begin) < static_cast<unsigned>(end - begin); }
 };
 
 // Calls copy(row, slot) and then use(row % 7, row, slot) for the rows of a run; row % 7 is a constant.
@@ -137,6 +147,18 @@ __device__ __forceinline__ void go_down(const Run& run, const Copy& copy, const 
   }
 }
 
+// A unit's row of x, number `row` of its run, in shared memory from `from` on. Calls use(k, values) for each row k of the kernel
+// by which it meets a row of outputs.
+template <class T, class Strip, class Use>
+__device__ __forceinline__ void for_kernel_rows(const Run& run, int row, const T* from, const Use& use) {
+  float values[Strip::kTaken];
+#pragma unroll
+  for (int i = 0; i < Strip::kTaken; ++i) values[i] = widen(from[i * kChannels]);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k)
+    if (static_cast<unsigned>(row - k) < static_cast<unsigned>(run.count)) use(k, values);
+}
+
 // ---- forward and input gradient --------------------------------------------------------------------------------------------------
 template <class T, class Strip>
 constexpr int kStripBytes = Strip::kSlots * Strip::kRow * sizeof(T) + kChannels * kTapCount * sizeof(float);
@@ -155,7 +177,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
     const Run run(p.height, task / groups % runs * length, length);
     Unit unit = unit_of<Strip>(p, strip, number);
     if (c >= p.channels) unit.inside = 0;
-    __syncthreads();  // the taps before may still be read
+    // Nobody reads the taps before any more: going down the map, all have waited for each other since.
     const int count = static_cast<int>(p.channels - c0 < kChannels ? p.channels - c0 : kChannels) * kTapCount;
     for (int i = 4 * threadIdx.x; i < count; i += 4 * Strip::kThreads)
       copy_async<16>(weights + i, static_cast<const float*>(p.weight) + c0 * kTapCount + i, true);
@@ -173,20 +195,15 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
     }
 #pragma unroll
     for (int i = 0; i < kTaps * columns; ++i) sum[i / columns][i % columns] = bias;
-    const int end = unit.inside > 0 ? run.end : 0;
+    const int own = kept((number * Strip::kBetween * kChannels + lane) * static_cast<int>(sizeof(T)));
     char* y = static_cast<char*>(p.y) +
               (((unit.image * p.height + run.first) * p.width + unit.column) * p.channels + c) * static_cast<int64_t>(sizeof(T));
     InputCopy<T, Strip> source(p, p.x, steps, strip, c0, run.first - kRadius, Strip::kFirst, Strip::kStored);
-    const auto copy = [&](int row, int slot) { source.start(row >= run.begin && row < run.end, steps, ring + slot * Strip::kRow); };
+    const auto copy = [&](int row, int slot) { source.start(run.has(row), steps, ring + slot * Strip::kRow); };
     go_down<Strip>(run, copy, [&](int phase, int row, int slot) {
-      if (row >= run.begin && row < end) {
-        const T* from = ring + slot * Strip::kRow + number * Strip::kBetween * kChannels + lane;
-        float v[taken];
-#pragma unroll
-        for (int i = 0; i < taken; ++i) v[i] = widen(from[i * kChannels]);
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) {
-          if (static_cast<unsigned>(row - k) >= static_cast<unsigned>(run.count)) continue;
+      if (unit.inside > 0 && run.has(row)) {
+        const T* from = reinterpret_cast<const T*>(bytes + slot * (Strip::kRow * static_cast<int>(sizeof(T))) + own);
+        for_kernel_rows<T, Strip>(run, row, from, [&](int k, const float (&v)[taken]) {
           float (&to)[columns] = sum[(phase - k + kTaps) % kTaps];
 #pragma unroll
           for (int i = 0; i < taken; ++i)
@@ -195,7 +212,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) forward_strip
               const int tap = i + Strip::kFirst - j + kRadius;
               if (tap >= 0 && tap < kTaps) to[j] += v[i] * taps[k][tap];
             }
-        }
+        });
       }
       if (static_cast<unsigned>(row - 2 * kRadius) >= static_cast<unsigned>(run.count)) return;
       float (&done)[columns] = sum[(phase + 1) % kTaps];
@@ -243,27 +260,22 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) weight_tiles(
       piece += together;
       const Unit unit = unit_of<Strip>(p, strip, number);
       step = unit.step;
-      const int end = unit.inside > 0 ? run.end : 0;
+      const int own = kept((number * Strip::kBetween * kChannels + lane) * static_cast<int>(sizeof(T)));
       InputCopy<T, Strip> source(p, p.x, steps, strip, c0, run.first - kRadius, Strip::kFirst, Strip::kStored);
       GradCopy<T, Strip> grad_source(p, p.grad, steps, strip, c0, run.first, 0, Strip::kUnits == 2 ? unit.inside : Strip::kUnits * columns);
       const auto copy = [&](int row, int slot) {
-        source.start(row >= run.begin && row < run.end, steps, ring + slot * row_size);
+        source.start(run.has(row), steps, ring + slot * row_size);
         grad_source.start(row < run.count, steps, ring + slot * row_size + Strip::kRow);
       };
       float grad[kTaps][columns];  // of the seven last rows
       go_down<Strip>(run, copy, [&](int phase, int row, int slot) {
-        const T* from = ring + slot * row_size + number * Strip::kBetween * kChannels + lane;
+        const T* from = reinterpret_cast<const T*>(bytes + slot * (row_size * static_cast<int>(sizeof(T))) + own);
         if (row < run.count) {
 #pragma unroll
           for (int j = 0; j < columns; ++j) grad[phase][j] = widen(from[Strip::kRow + j * kChannels]), bias += grad[phase][j];
         }
-        if (row < run.begin || row >= end) return;
-        float v[taken];
-#pragma unroll
-        for (int i = 0; i < taken; ++i) v[i] = widen(from[i * kChannels]);
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) {
-          if (static_cast<unsigned>(row - k) >= static_cast<unsigned>(run.count)) continue;
+        if (unit.inside == 0 || !run.has(row)) return;
+        for_kernel_rows<T, Strip>(run, row, from, [&](int k, const float (&v)[taken]) {
           const float (&g)[columns] = grad[(phase - k + kTaps) % kTaps];
 #pragma unroll
           for (int tap = 0; tap < kTaps; ++tap) {
@@ -277,7 +289,7 @@ __global__ void __launch_bounds__(Strip::kThreads, Strip::kBlocks) weight_tiles(
             }
             sum[k][tap] += row_sum;
           }
-        }
+        });
       });
     }
     // The units' sums, one after the other.

@@ -1,7 +1,7 @@
 """From the executor's counters to a time that no GPU can beat with these kernels: a bound, not a measurement.
 
 Each operator runs on the executor at two small batches, forward and backward. What its launches do is a line in the
-batch, and is taken at the listed batch. A launch takes at least as long as the slowest of: bytes that must move once,
+batch, and is taken at the listed batch (where it is no line, as of a sum in parts, that batch itself runs). A launch takes at least as long as the slowest of: bytes that must move once,
 at the rate of the GPU's memory; sectors, at that of L2; wavefronts of shared memory; instructions, by kind. Launches
 add up. Beside it the floor, which no kernel can beat: the operator's tensors moved once, or its arithmetic at the
 GPU's peak.
@@ -108,7 +108,7 @@ def cost_of(launch: dict, code: dict) -> Cost:
 
 @dataclass
 class Operator:
-    """`make(n)` gives a function and its inputs for a batch of n, for n of `small`; the report is of `batch`.
+    """`make(n)` gives a function and its inputs for a batch of n, for n of `small`: two, or `batch`, which the report is of.
 
     Floors of forward and backward, at a batch of one: `bytes`; `products`, float32 multiply-adds or, where `matrix`,
     those of matrix products of halves; `exponentials`.
@@ -116,16 +116,17 @@ class Operator:
 
     name: str
     batch: int
-    small: tuple[int, int]
+    small: tuple[int, ...]
     make: Callable[[int], tuple[Callable, list]]
     bytes: tuple[float, float]
     products: tuple[float, float] = (0, 0)
     matrix: bool = False
     exponentials: float = 0  # in either pass
 
-    def floor(self, which: int, gpu: Gpu) -> float:
+    def floor(self, which: int, gpu: Gpu, tensor: float = 0) -> float:
+        """`tensor`: the rate of matrix products, if not the peak."""
         a_clock = gpu.processors * gpu.clock
-        products = self.products[which] / (a_clock * (gpu.tensor_peak if self.matrix else 32 * gpu.fma))
+        products = self.products[which] / (a_clock * ((tensor or gpu.tensor_peak) if self.matrix else 32 * gpu.fma))
         exponentials = self.exponentials / (a_clock * 32 * gpu.special)
         return self.batch * max(self.bytes[which] / gpu.memory, products, exponentials)
 
@@ -135,6 +136,9 @@ def operators() -> Iterator[Operator]:
 
     from convdit import ops
     from convdit.sparse import ActiveSites, random_patch_mask
+
+    # The same masks again and again, so that work is a line in the batch, and the floor's own.
+    masks = random_patch_mask(4, (7, 7), 0.6, torch.Generator().manual_seed(0))
 
     def taps(side: int) -> int:  # products of a channel of a map, without the zeros around it
         return sum(min(side, i + 4) - max(0, i - 3) for i in range(side)) ** 2
@@ -150,7 +154,7 @@ def operators() -> Iterator[Operator]:
             yield Operator(
                 f"depthwise_conv2d 64x{side}x{side}x{c} {kind}",
                 64,
-                (4, 6) if side == 56 else (8, 12),
+                (64,) if side == 56 else (8, 12),
                 lambda n, side=side, c=c: (
                     ops.depthwise_conv2d,
                     [randn(n, side, side, c), torch.randn(c, 1, 7, 7), torch.randn(c)],
@@ -161,14 +165,14 @@ def operators() -> Iterator[Operator]:
             block, hidden = side // 7, 4 * c
 
             def sparse(n: int, side=side, c=c, block=block):
-                sites = ActiveSites.from_patch_mask(random_patch_mask(n, (7, 7), 0.6), block)
+                sites = ActiveSites.from_patch_mask(masks.repeat(n // len(masks), 1, 1), block)
                 return (
                     lambda features, w, b: ops.sparse_depthwise_conv2d(features, w, b, sites),
                     [randn(len(sites), c), torch.randn(c, 1, 7, 7), torch.randn(c)],
                 )
 
-            drawn = ActiveSites.from_patch_mask(random_patch_mask(64, (7, 7), 0.6), block)
-            visible, pairs = 19 / 49, int((drawn.site_neighbors(3) >= 0).sum()) / 64 * c
+            drawn = ActiveSites.from_patch_mask(masks, block)
+            visible, pairs = 19 / 49, int((drawn.site_neighbors(3) >= 0).sum()) / len(masks) * c
             yield Operator(
                 f"sparse_depthwise_conv2d 64x{side}x{side}x{c}, 19 of 49 {kind}",
                 64,
@@ -210,7 +214,7 @@ def operators() -> Iterator[Operator]:
             yield Operator(
                 f"packed_attention 64x{t}x{d} {heads} heads {kind}",
                 64 * heads,
-                (1, 2),
+                (4, 6),  # so many that a head's keys are one part, as at the listed batch
                 lambda n, t=t, w=d // heads: (lambda qkv, n=n: ops.packed_attention(qkv, n), [randn(1, t, 3 * n * w)]),
                 (4 * row / heads, 8 * row / heads),
                 (2 * t * t * d / heads, 5 * t * t * d / heads),
@@ -236,6 +240,8 @@ def measure(library, operator: Operator) -> list[list[tuple[str, Cost]]]:
         torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs])
         halves.append(library.traffic())
         runs.append([[(k["kernel"], cost_of(k, library.kernels[k["kernel"]])) for k in half] for half in halves])
+    if len(runs) == 1:
+        return runs[0]
     n, m = operator.small
     result = []
     for few, more in zip(*runs, strict=True):
@@ -274,7 +280,9 @@ def main(arguments: list[str]) -> int:
                 cells.append(f"{total * 1e6:10.1f} {binds:>7} {ratio:5.2f}")
                 count += 1
                 if ratio > 1.5:
-                    above.append(f"{operator.name} {what}, {gpu.name}: {ratio:.2f}")
+                    least = operator.floor(which, gpu, gpu.tensor) / operator.floor(which, gpu)
+                    why = f" (mma.sync, the instruction of sm_80, alone needs {least:.2f})" if least > 1 else ""
+                    above.append(f"{operator.name} {what}, {gpu.name}: {ratio:.2f}{why}")
                     slowest[short(library.demangled[kernel])] += 1
             print(f"{operator.name:62} {what:9}" + "".join(f" {cell}" for cell in cells), flush=True)
     print("\n".join(f"above 1.5: {row}" for row in above))

@@ -23,6 +23,7 @@ RUNTIME = Path(__file__).resolve().parent / "runtime"
 BUILD = ROOT / "build" / "simt"
 FEW_BLOCKS = 3  # a limit of grids, so that kernels which loop over their tasks do so on small inputs
 ENOUGH_TILES = 4  # maps from which a convolution and its LayerNorm are one launch: small, as our inputs are
+ENOUGH_BLOCKS = 4  # up to which float32 attention's backward deals a head's keys out to blocks: likewise
 CXX = os.environ.get("CXX", "g++")
 # -O1: kernels are large and run on small inputs. Integers wrap and nothing is contracted, as on the GPU.
 KERNEL_FLAGS = [
@@ -154,7 +155,7 @@ def nvcc_output(cuda: Path, architecture: str, include: Path, most_blocks: int =
     """
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-I{include}", "-Xcompiler", "-fPIC"]
     flags += ["-gencode", f"arch={architecture},code={architecture}"]
-    flags += [f"-DCONVDIT_ENOUGH_TILES={ENOUGH_TILES}"]
+    flags += [f"-DCONVDIT_ENOUGH_TILES={ENOUGH_TILES}", f"-DCONVDIT_ENOUGH_BLOCKS={ENOUGH_BLOCKS}"]
     flags += [f"-DCONVDIT_MOST_BLOCKS={most_blocks}"] if most_blocks else []
 
     def make(folder: Path) -> None:

@@ -21,7 +21,13 @@ EQUIVALENT = Path(__file__).parent / "equivalent_mutants.json"
 SWITCH = """// Which mutant is on; see tests/simt/mutants.py.
 #pragma once
 extern "C" { __constant__ int simt_mutant; }  // constant: read once, not at every switch
-__device__ __forceinline__ bool simt_is(int n) { return simt_mutant == n; }
+__host__ __device__ __forceinline__ bool simt_is(int n) {
+#ifdef __CUDA_ARCH__
+  return simt_mutant == n;
+#else
+  return false;  // the device's side of a function that both have
+#endif
+}
 """
 # What is replaced, by what ({n}: the mutant's number), and what that is.
 RULES = [
