@@ -111,9 +111,13 @@ class Function(torch.autograd.Function):
     PyTorch binds the arguments of such a function by its signature at every call, which takes several times as long as
     the rest of the call. Outside torch.func and torch.compile, `apply` is therefore that of a twin that has the two
     methods in one, and whose backward is not wrapped by `once_differentiable` where no graph of it is asked for.
+
+    The last outputs of a function, `hidden` of them, may be for its backward alone. A caller that needs the others only
+    says `shown` for `apply`: a twin has no more, which saves what autograd notes of an output and a gradient of zeros.
     """
 
     generate_vmap_rule = True
+    hidden = 0
     _twin: type[Function]
 
     def __init_subclass__(cls, **options):
@@ -124,12 +128,12 @@ class Function(torch.autograd.Function):
         def forward(ctx, *args):
             output = cls.forward(*args)
             cls.setup_context(ctx, args, output)
-            return output
+            return output[: -cls.hidden] if cls.hidden else output
 
         once, unwrapped = cls.backward, inspect.unwrap(cls.backward)
 
         def backward(ctx, *grads):
-            return (once if torch.is_grad_enabled() else unwrapped)(ctx, *grads)
+            return (once if torch.is_grad_enabled() else unwrapped)(ctx, *grads, *(None,) * cls.hidden)
 
         plain = torch.autograd.Function.setup_context
         methods = {
@@ -140,8 +144,14 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args):
+        if cls.hidden or torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+            return super().apply(*args)  # all outputs: torch.func calls this, too, when it has done its part
+        return super(Function, cls._twin).apply(*args)
+
+    @classmethod
+    def shown(cls, *args):
         if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
-            return super().apply(*args)
+            return cls.apply(*args)
         return super(Function, cls._twin).apply(*args)
 
 

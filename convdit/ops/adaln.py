@@ -41,8 +41,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     check_floating("x", x)
     shift, scale = parameter("shift", shift, x), parameter("scale", scale, x)
     if needs_grad(x, shift, scale):
-        return _LayerNormModulate.apply(x, shift, scale, eps)[0]
-    return library.layer_norm_modulate_fwd(x, shift, scale, eps)[0]
+        return _LayerNormModulate.shown(x, shift, scale, eps)[0]
+    return library.layer_norm_modulate_fwd.default(x, shift, scale, eps)[0]
 
 
 @torch.library.register_fake("convdit::layer_norm_modulate_fwd")
@@ -62,9 +62,11 @@ register_vmap("layer_norm_modulate_bwd", folded=(0, 1, 2, 3, 4))
 
 
 class _LayerNormModulate(Function):
+    hidden = 2
+
     @staticmethod
     def forward(x, shift, scale, eps):
-        return library.layer_norm_modulate_fwd(x, shift, scale, eps)
+        return library.layer_norm_modulate_fwd.default(x, shift, scale, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -76,7 +78,7 @@ class _LayerNormModulate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _rstd):
-        return *library.layer_norm_modulate_bwd(grad, *ctx.saved_tensors), None
+        return *library.layer_norm_modulate_bwd.default(grad, *ctx.saved_tensors), None
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         gate = parameter("gate", gate, x)
     if needs_grad(x, y, gate):
         return _GatedResidual.apply(x, y, gate)
-    return library.gated_residual_fwd(x, y, gate)
+    return library.gated_residual_fwd.default(x, y, gate)
 
 
 @torch.library.register_fake("convdit::gated_residual_fwd")
@@ -122,7 +124,7 @@ register_vmap("gated_residual_bwd", folded=(0, 1, 2))
 class _GatedResidual(Function):
     @staticmethod
     def forward(x, y, gate):
-        return library.gated_residual_fwd(x, y, gate)
+        return library.gated_residual_fwd.default(x, y, gate)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -160,8 +162,8 @@ def gated_residual_layer_norm_modulate(
     gate, shift = parameter("gate", gate, x), parameter("shift", shift, x)
     scale = parameter("scale", scale, x)
     if needs_grad(x, y, gate, shift, scale):
-        return _GatedResidualLayerNormModulate.apply(x, y, gate, shift, scale, eps)[:2]
-    return library.gated_residual_layer_norm_modulate_fwd(x, y, gate, shift, scale, eps)[:2]
+        return _GatedResidualLayerNormModulate.shown(x, y, gate, shift, scale, eps)[:2]
+    return library.gated_residual_layer_norm_modulate_fwd.default(x, y, gate, shift, scale, eps)[:2]
 
 
 @torch.library.register_fake("convdit::gated_residual_layer_norm_modulate_fwd")
@@ -181,9 +183,11 @@ register_vmap("gated_residual_layer_norm_modulate_bwd", folded=(0, 1, 2, 3, 4, 5
 
 
 class _GatedResidualLayerNormModulate(Function):
+    hidden = 2
+
     @staticmethod
     def forward(x, y, gate, shift, scale, eps):
-        return library.gated_residual_layer_norm_modulate_fwd(x, y, gate, shift, scale, eps)
+        return library.gated_residual_layer_norm_modulate_fwd.default(x, y, gate, shift, scale, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -195,5 +199,5 @@ class _GatedResidualLayerNormModulate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_residual, grad_out, _mean, _rstd):
-        grads = library.gated_residual_layer_norm_modulate_bwd(grad_residual, grad_out, *ctx.saved_tensors)
+        grads = library.gated_residual_layer_norm_modulate_bwd.default(grad_residual, grad_out, *ctx.saved_tensors)
         return *grads, None

@@ -40,9 +40,9 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) ->
         return _GeluTanh.apply(x, bias)
     bias = _kernel_bias(bias, x)
     if overwrite and not torch.compiler.is_compiling() and x.is_contiguous():
-        library.gelu_tanh_(x, bias)
+        library.gelu_tanh_.default(x, bias)
         return x
-    return library.gelu_tanh_fwd(x, bias)
+    return library.gelu_tanh_fwd.default(x, bias)
 
 
 def _kernel_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -89,7 +89,7 @@ for _name in ("gelu_tanh_fwd", "gelu_tanh_bwd"):
 class _GeluTanh(Function):
     @staticmethod
     def forward(x, bias):
-        return library.gelu_tanh_fwd(x, _kernel_bias(bias, x))
+        return library.gelu_tanh_fwd.default(x, _kernel_bias(bias, x))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,6 +103,6 @@ class _GeluTanh(Function):
         if not ctx.needs_input_grad[1]:
             return grad_x, None
         if grad_x.dim() > 1 and bias.dtype is grad_x.dtype:
-            return grad_x, grad_x.sum_to_size(bias.shape)  # in half the time of the general way
+            return grad_x, grad_x.sum(tuple(range(grad_x.dim() - 1)))  # in half the time of the general way
         rows = grad_x.flatten(0, -2) if grad_x.dim() > 1 else grad_x[None]
         return grad_x, rows.sum(0, dtype=bias.dtype)

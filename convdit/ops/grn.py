@@ -102,8 +102,8 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> T
     x = autocast(x)
     weight, bias = parameter("weight", weight, x), parameter("bias", bias, x)
     if needs_grad(x, weight, bias):
-        return _Grn.apply(x, weight, bias, eps, gelu)[0]
-    return library.grn_fwd(x, weight, bias, eps, gelu)[0]
+        return _Grn.shown(x, weight, bias, eps, gelu)[0]
+    return library.grn_fwd.default(x, weight, bias, eps, gelu)[0]
 
 
 def _packed(features, weight, bias, sites, eps, scope, gelu):
@@ -117,8 +117,8 @@ def _packed(features, weight, bias, sites, eps, scope, gelu):
     features = autocast(features)
     weight, bias = parameter("weight", weight, features), parameter("bias", bias, features)
     if needs_grad(features, weight, bias):
-        return _SparseGrn.apply(features, weight, bias, sites.offsets, eps, gelu)[0]
-    return library.sparse_grn_fwd(features, weight, bias, sites.offsets, eps, gelu)[0]
+        return _SparseGrn.shown(features, weight, bias, sites.offsets, eps, gelu)[0]
+    return library.sparse_grn_fwd.default(features, weight, bias, sites.offsets, eps, gelu)[0]
 
 
 # ---- dense ---------------------------------------------------------------------------------------
@@ -140,9 +140,11 @@ register_vmap("grn_bwd", folded=())  # the parameters' gradients are sums over w
 
 
 class _Grn(Function):
+    hidden = 1
+
     @staticmethod
     def forward(x, weight, bias, eps, gelu):
-        return library.grn_fwd(x, weight, bias, eps, gelu)
+        return library.grn_fwd.default(x, weight, bias, eps, gelu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -153,7 +155,7 @@ class _Grn(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _norm):
-        return *library.grn_bwd(grad, *ctx.saved_tensors, ctx.eps, ctx.gelu), None, None
+        return *library.grn_bwd.default(grad, *ctx.saved_tensors, ctx.eps, ctx.gelu), None, None
 
 
 # ---- packed --------------------------------------------------------------------------------------
@@ -177,9 +179,11 @@ register_vmap("sparse_grn_bwd", folded=())
 
 
 class _SparseGrn(Function):
+    hidden = 1
+
     @staticmethod
     def forward(features, weight, bias, offsets, eps, gelu):
-        return library.sparse_grn_fwd(features, weight, bias, offsets, eps, gelu)
+        return library.sparse_grn_fwd.default(features, weight, bias, offsets, eps, gelu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -190,5 +194,5 @@ class _SparseGrn(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _norm):
-        grads = library.sparse_grn_bwd(grad, *ctx.saved_tensors, ctx.eps, ctx.gelu)
+        grads = library.sparse_grn_bwd.default(grad, *ctx.saved_tensors, ctx.eps, ctx.gelu)
         return *grads, None, None, None

@@ -29,9 +29,16 @@ GrnShape packed_shape(const Tensor& features, const Tensor& offsets, double eps,
   return {images, rows, features.size(1), first, dtype_of("features", features), gelu, eps};
 }
 
-Tensor workspace(const GrnShape& p, int64_t per_tile, int64_t per_image, const Tensor& x) {
-  const int64_t rows = per_tile * grn_max_tiles(p.images, p.rows, p.channels) + per_image * p.images;
-  return allocate({rows, p.channels}, accumulate_dtype(x), x);
+// Gives p its workspace and, before it in the same allocation, the numbers of its tiles: calls of few values are mostly allocations.
+template <class Params>
+Tensor workspace(Params& p, int64_t per_tile, int64_t per_image, const Tensor& x) {
+  const int64_t tiles = (p.images + 8) / 8 * 8;  // images + 1 numbers, in whole cache lines
+  const int64_t sums = (per_tile * grn_max_tiles(p.images, p.rows, p.channels) + per_image * p.images) * p.channels;
+  const ScalarType dtype = accumulate_dtype(x);
+  const Tensor work = allocate({tiles * (dtype == ScalarType::Double ? 1 : 2) + sums}, dtype, x);
+  p.first_tile = static_cast<int64_t*>(work.mutable_data_ptr());
+  p.workspace = p.first_tile + tiles;
+  return work;
 }
 
 std::tuple<Tensor, Tensor> forward(const GrnShape& shape, const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in) {
@@ -40,19 +47,18 @@ std::tuple<Tensor, Tensor> forward(const GrnShape& shape, const Tensor& x_in, co
   const Tensor x = dense(x_in);
   if (x.numel() == 0) return {allocate_like(x), allocate_zeros({shape.images, shape.channels}, accumulate_dtype(x), x)};
   const Tensor norm = allocate({shape.images, shape.channels}, accumulate_dtype(x), x);
-  const Tensor work = workspace(shape, 1, 1, x), tiles = allocate({shape.images + 1}, ScalarType::Long, x);
-  const Tensor y = allocate_like(x);  // after the small ones: see adaln/torch.cpp
   Grn p{shape};
+  const Tensor work = workspace(p, 1, 1, x);
+  const Tensor y = allocate_like(x);  // after the small ones: see adaln/torch.cpp
   p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = bias.const_data_ptr();
   p.y = y.mutable_data_ptr(), p.norm = norm.mutable_data_ptr();
-  p.workspace = work.mutable_data_ptr(), p.first_tile = tiles.mutable_data_ptr<int64_t>();
   CONVDIT_RUN(grn, forward, x, p);
   return {y, norm};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const GrnShape& shape, const Tensor& grad_in, const Tensor& x_in, const Tensor& norm_in,
                                             const Tensor& weight_in) {
-  CONVDIT_CHECK(describe(grad_in) == describe(x_in), "grad: expected shape ", describe(x_in), ", got ", describe(grad_in));
+  CONVDIT_CHECK(grad_in.sizes() == x_in.sizes(), "grad: expected shape ", describe(x_in), ", got ", describe(grad_in));
   check_dtype("grad", grad_in, x_in.scalar_type());
   check_same_device("grad", grad_in, "x", x_in);
   const Tensor norm = check_parameter("norm", norm_in, {shape.images, shape.channels}, x_in);
@@ -64,11 +70,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const GrnShape& shape, const Tensor&
   }
   const Tensor grad_weight = allocate({shape.channels}, accumulate_dtype(x), x);
   const Tensor grad_bias = allocate({shape.channels}, accumulate_dtype(x), x);
-  const Tensor work = workspace(shape, 2, 4, x), tiles = allocate({shape.images + 1}, ScalarType::Long, x), grad_x = allocate_like(x);
   GrnBackward p{shape};
+  const Tensor work = workspace(p, 2, 4, x), grad_x = allocate_like(x);
   p.grad = grad.const_data_ptr(), p.x = x.const_data_ptr(), p.norm = norm.const_data_ptr(), p.weight = weight.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr(), p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
-  p.workspace = work.mutable_data_ptr(), p.first_tile = tiles.mutable_data_ptr<int64_t>();
   CONVDIT_RUN(grn, backward, x, p);
   return {grad_x, grad_weight, grad_bias};
 }

@@ -36,6 +36,19 @@ def test_eager_calls_bind_no_arguments_by_signature_and_wrap_no_backward(monkeyp
     torch.func.grad(lambda v: ops.layer_norm_modulate(v, shift, scale).sum())(x)  # by PyTorch's way
 
 
+def test_eager_autograd_sees_no_output_that_only_the_backward_uses():
+    """An output has its metadata noted in the forward, and a gradient of zeros made for it in the backward."""
+    x, y, row = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 8, requires_grad=True)
+    image, channel = torch.randn(1, 2, 2, 8), torch.randn(8, requires_grad=True)
+    calls = {
+        1: (lambda: ops.layer_norm_modulate(x, row, row), lambda: ops.gelu_grn(image, channel, channel)),
+        2: (lambda: ops.gated_residual_layer_norm_modulate(x, y, row, row, row)[0],),
+    }
+    for seen, functions in calls.items():
+        for function in functions:
+            assert len(function().grad_fn._input_metadata) == seen
+
+
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="needs Linux with transparent huge pages"
 )

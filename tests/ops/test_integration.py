@@ -150,7 +150,7 @@ def test_compiled_without_gradients_it_runs_what_eager_mode_runs(name, monkeypat
         with Calls() as calls:
             layer(*args)
     ran = {func._schema.name.replace("::", ".") for func, _ in calls.made}
-    assert {str(target) for graph in graphs for target in graph} == ran
+    assert {str(target).removesuffix(".default") for graph in graphs for target in graph} == ran
 
 
 @pytest.mark.parametrize("name", NAMES)
