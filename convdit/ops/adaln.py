@@ -114,7 +114,7 @@ def _(x, y, gate):
 
 @torch.library.register_fake("convdit::gated_residual_bwd")
 def _(grad, y, gate):
-    return y.new_empty(y.shape), gate.new_empty(gate.shape, dtype=accumulate_dtype(y.dtype))
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
 register_vmap("gated_residual_fwd", folded=(0, 1, 2))
@@ -134,9 +134,7 @@ class _GatedResidual(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        y, gate = ctx.saved_tensors
-        grad_y, grad_gate = library.gated_residual_bwd.default(grad, y, gate)
-        return grad, grad_y, grad_gate if gate.dtype == grad_gate.dtype else grad_gate.to(gate.dtype)
+        return grad, *library.gated_residual_bwd.default(grad, *ctx.saved_tensors)
 
 
 def gated_residual_layer_norm_modulate(

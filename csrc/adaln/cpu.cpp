@@ -36,11 +36,6 @@ bool too_large(const void* a, const void* b, int64_t values, int64_t width, int6
   return address % kVectorBytes == 0 && width % lanes<accum_t<T>> == 0 && tensors * values * static_cast<int64_t>(sizeof(T)) > cache;
 }
 
-template <class T>
-CONVDIT_INLINE T* advance(T* p, int64_t n) {
-  return p ? p + n : nullptr;
-}
-
 // The gate comes as A, or as T where it is `narrow`: converting it beforehand takes as long as a short call.
 template <bool Full, class T>
 CONVDIT_INLINE Vec<accum_t<T>> load_gate(const void* gate, bool narrow, int64_t at, int64_t n) {
@@ -81,53 +76,57 @@ CONVDIT_INLINE void row_statistics(const T* x, int64_t width, A eps, Vec<A> sums
   *rstd = 1 / static_cast<A>(__builtin_sqrt((variance > 0 ? variance : 0) + eps));
 }
 
-// R rows of one sample.
-template <int R, bool Stream, class T, class Y>
+// R rows of one sample. `Norm`: there is an out.
+template <int R, bool Norm, bool Stream, class T, class Y>
 void forward_rows(const Adaln& p, int64_t row) {
   using A = accum_t<T>;
   const int64_t width = p.width, parameters = row / p.tokens * width;
-  alignas(kVectorBytes) T scratch[Stream ? kScratch : 1];
+  alignas(kVectorBytes) T scratch[Norm && Stream ? kScratch : 1];
   const T* residual = static_cast<const T*>(p.x) + row * width;
   Moments<R, A> moments;
   if (p.y != nullptr) {
-    const bool keep = Stream && p.out != nullptr;
     T* sum_rows = static_cast<T*>(p.residual) + row * width;
     const Y* y = static_cast<const Y*>(p.y) + row * width;
-    for (int r = 0; r < R; ++r) {  // row after row: memory is quickest in one piece
+    const void* gate = p.gate;
+    const bool narrow_gate = p.narrow_gate;  // a copy, which no store can change
+    for (int r = 0; r < R; ++r) {            // row after row: memory is quickest in one piece
       const int64_t at = r * width;
-      for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+      for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
         constexpr bool kFull = decltype(full)::value;
-        const Vec<A> v = as_stored<T>(load_lanes<kFull>(residual + at + i, n) +
-                                      load_gate<kFull, T>(p.gate, p.narrow_gate, parameters + i, n) * load_lanes<kFull>(y + at + i, n));
+        Vec<A> v = load_lanes<kFull>(residual + at + i, n) +
+                   load_gate<kFull, T>(gate, narrow_gate, parameters + i, n) * load_lanes<kFull>(y + at + i, n);
+        if constexpr (Norm) v = as_stored<T>(v);
         write_lanes<Stream, kFull>(sum_rows + at + i, v, n);
-        if (keep) store_lanes<kFull>(scratch + at + i, v, n);
-        moments.add(r, v);
+        if constexpr (Norm && Stream) store_lanes<kFull>(scratch + at + i, v, n);
+        if constexpr (Norm) moments.add(r, v);
       });
     }
-    residual = keep ? scratch : sum_rows;
+    residual = Norm && Stream ? scratch : sum_rows;
   } else {
-    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
+    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
       for (int r = 0; r < R; ++r) moments.add(r, load_lanes<decltype(full)::value>(residual + r * width + i, n));
     });
   }
-  if (p.out == nullptr) return;
-  A *means = static_cast<A*>(p.mean) + row, *rstds = static_cast<A*>(p.rstd) + row;
-  Vec<A> mean[R], rstd[R];
-  for (int r = 0; r < R; ++r) {
-    row_statistics<T>(residual + r * width, width, static_cast<A>(p.eps), moments.sums[r], moments.squares[r], means + r, rstds + r);
-    mean[r] = splat(means[r]), rstd[r] = splat(rstds[r]);
-  }
-  const A *shift = static_cast<const A*>(p.shift) + parameters, *scale = static_cast<const A*>(p.scale) + parameters;
-  T* out = static_cast<T*>(p.out) + row * width;
-  for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) __attribute__((always_inline)) {
-    constexpr bool kFull = decltype(full)::value;
-    const Vec<A> factor = 1 + load_lanes<kFull>(scale + i, n), offset = load_lanes<kFull>(shift + i, n);
+  if constexpr (Norm) {
+    A *means = static_cast<A*>(p.mean) + row, *rstds = static_cast<A*>(p.rstd) + row;
+    Vec<A> mean[R], rstd[R];
     for (int r = 0; r < R; ++r) {
-      const Vec<A> normalised = (load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r];
-      write_lanes<Stream, kFull>(out + r * width + i, normalised * factor + offset, n);
-      if (Stream && p.y == nullptr) __builtin_prefetch(residual + (R + r) * width + i, 0, 3);  // the next rows
+      row_statistics<T>(residual + r * width, width, static_cast<A>(p.eps), moments.sums[r], moments.squares[r], means + r, rstds + r);
+      mean[r] = splat(means[r]), rstd[r] = splat(rstds[r]);
     }
-  });
+    const bool prefetch = Stream && p.y == nullptr;
+    const A *shift = static_cast<const A*>(p.shift) + parameters, *scale = static_cast<const A*>(p.scale) + parameters;
+    T* out = static_cast<T*>(p.out) + row * width;
+    for_each_vector<A>(width, [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
+      constexpr bool kFull = decltype(full)::value;
+      const Vec<A> factor = 1 + load_lanes<kFull>(scale + i, n), offset = load_lanes<kFull>(shift + i, n);
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> normalised = (load_lanes<kFull>(residual + r * width + i, n) - mean[r]) * rstd[r];
+        write_lanes<Stream, kFull>(out + r * width + i, normalised * factor + offset, n);
+        if (prefetch) __builtin_prefetch(residual + (R + r) * width + i, 0, 3);  // the next rows
+      }
+    });
+  }
 }
 
 // Rows of one sample: their gradients, and what they add to the sums over T. `Norm`: there is a gradient of out; `Gated`: there
@@ -139,12 +138,14 @@ void backward_rows(const AdalnBackward& p, int64_t row, int64_t end, accum_t<T>*
   constexpr int64_t kAhead = 3072 / sizeof(T);  // elements, fetched into the second-level cache
   const int64_t width = p.width, parameters = row / p.tokens * width;
   A *gate_sum = sums, *shift_sum = sums + width, *scale_sum = sums + 2 * width;
-  const A* scale = advance(static_cast<const A*>(p.scale), parameters);
+  const A* scale = Norm ? static_cast<const A*>(p.scale) + parameters : nullptr;
   const T *grad_residual = static_cast<const T*>(p.grad_residual), *grad_out = static_cast<const T*>(p.grad_out);
   const T* residual = static_cast<const T*>(p.residual);
   const Y* y = static_cast<const Y*>(p.y);
   T* grad_x = static_cast<T*>(p.grad_x);
   Y* grad_y = static_cast<Y*>(p.grad_y);
+  const void* gate = p.gate;
+  const bool narrow_gate = p.narrow_gate;  // a copy, which no store can change
 
   // With n the normalised row and g = grad_out * (1 + scale): grad = rstd * (g - mean(g) - n * mean(g * n)).
   struct Row {
@@ -173,7 +174,7 @@ void backward_rows(const AdalnBackward& p, int64_t row, int64_t end, accum_t<T>*
     }
     if constexpr (Gated) {
       store_lanes<kFull>(gate_sum + i, load_lanes<kFull>(gate_sum + i, n) + grad * load_lanes<kFull>(y + at, n), n);
-      write_lanes<Stream, kFull>(grad_y + at, grad * load_gate<kFull, T>(p.gate, p.narrow_gate, parameters + i, n), n);
+      write_lanes<Stream, kFull>(grad_y + at, grad * load_gate<kFull, T>(gate, narrow_gate, parameters + i, n), n);
     }
   };
 
@@ -200,22 +201,29 @@ void backward_rows(const AdalnBackward& p, int64_t row, int64_t end, accum_t<T>*
   }
 }
 
-template <bool Stream, class T, class Y>
+template <bool Norm, bool Stream, class T, class Y>
 void forward(const Adaln& p, const Runner& run) {
-  const int64_t parts = (p.tokens + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t parts = ceil_div(p.tokens, kRowsPerTask);
   run(p.batch * parts, [&](int64_t task) {
     int64_t row = task / parts * p.tokens + task % parts * kRowsPerTask;
     const int64_t end = smaller(row + kRowsPerTask, (task / parts + 1) * p.tokens);
-    for (; row + kRows <= end; row += kRows) forward_rows<kRows, Stream, T, Y>(p, row);
-    for (; row < end; ++row) forward_rows<1, Stream, T, Y>(p, row);
+    for (; row + kRows <= end; row += kRows) forward_rows<kRows, Norm, Stream, T, Y>(p, row);
+    for (; row < end; ++row) forward_rows<1, Norm, Stream, T, Y>(p, row);
     if (Stream) stream_fence();
+  });
+}
+
+template <class To>
+void copy_row(const accum_t<To>* from, To* to, int64_t width) {
+  for_each_vector<accum_t<To>>(width, [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
+    store_lanes<decltype(full)::value>(to + i, load_lanes<decltype(full)::value>(from + i, n), n);
   });
 }
 
 template <bool Norm, bool Gated, bool Stream, class T, class Y>
 void backward(const AdalnBackward& p, const Runner& run) {
   using A = accum_t<T>;
-  const int64_t width = p.width, chunks = (p.tokens + kAdalnChunk - 1) / kAdalnChunk;
+  const int64_t width = p.width, chunks = ceil_div(p.tokens, kAdalnChunk);
   A* workspace = static_cast<A*>(p.workspace);
   run(p.batch * chunks, [&](int64_t task) {
     const int64_t first = task / chunks * p.tokens + task % chunks * kAdalnChunk;
@@ -228,12 +236,11 @@ void backward(const AdalnBackward& p, const Runner& run) {
   run(p.batch, [&](int64_t sample) {
     for (int k = 0; k < 3; ++k) {
       if (totals[k] == nullptr) continue;
-      A* total = static_cast<A*>(totals[k]) + sample * width;
-      for (int64_t i = 0; i < width; ++i) total[i] = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const A* part = workspace + ((sample * chunks + chunk) * 3 + k) * width;
-        for (int64_t i = 0; i < width; ++i) total[i] += part[i];
-      }
+      A* sum = workspace + (sample * chunks * 3 + k) * width;
+      for (int64_t chunk = 1; chunk < chunks; ++chunk)
+        for (int64_t i = 0; i < width; ++i) sum[i] += sum[chunk * 3 * width + i];
+      if (k == 0 && p.narrow_gate) copy_row(sum, static_cast<T*>(totals[k]) + sample * width, width);
+      else copy_row(sum, static_cast<A*>(totals[k]) + sample * width, width);
     }
   });
 }
@@ -246,16 +253,21 @@ void dispatch_both(const Params& p, const F& f) {
   dispatch(p.dtype, [&](auto x) { f(x, x); });
 }
 
+template <bool Stream, class T, class Y>
+void forward_of(const Adaln& p, const Runner& run) {
+  if (p.out == nullptr) forward<false, Stream, T, Y>(p, run);
+  else forward<true, Stream, T, Y>(p, run);
+}
 void dispatch_forward(const Adaln& p, const Runner& run) {
   dispatch_both(p, [&](auto x, auto y) {
     using T = decltype(x);
     using Y = decltype(y);
-    // Where the results stay in cache plain stores are quicker: by a fifth on a Xeon, for both results at (8, 256, 384).
-    const bool fits = p.y == nullptr || p.out == nullptr || kRows * p.width <= kScratch;
-    const int64_t tensors = 1 + (p.y ? 2 : 0) + (p.out ? 1 : 0);
-    if (fits && too_large<T>(p.y ? p.residual : nullptr, p.out, p.batch * p.tokens * p.width, p.width, tensors, cache_bytes()))
-      forward<true, T, Y>(p, run);
-    else forward<false, T, Y>(p, run);
+    // Plain stores are quicker up to there, and leave the results to the next reader: by a fifth on a Xeon, for (8, 256, 384).
+    const bool both = p.y && p.out, fits = !both || kRows * p.width <= kScratch;
+    const int64_t tensors = both ? 4 : p.y ? 3 : 2, cache = (both ? 1 : 2) * cache_bytes();
+    if (fits && too_large<T>(p.y ? p.residual : nullptr, p.out, p.batch * p.tokens * p.width, p.width, tensors, cache))
+      forward_of<true, T, Y>(p, run);
+    else forward_of<false, T, Y>(p, run);
   });
 }
 

@@ -110,10 +110,11 @@ AdalnBackward backward_params(const Tensor& like) {
 Tensor workspace(const Tensor& x) {
   return allocate({x.size(0), (x.size(1) + kAdalnChunk - 1) / kAdalnChunk, 3, x.size(2)}, accumulate_dtype(x), x);
 }
-Tensor parameter_gradient(const Tensor& x) {  // zero where there is no token to sum over
+Tensor parameter_gradient(const Tensor& x, ScalarType dtype) {  // zero where there is no token to sum over
   const auto shape = {x.size(0), x.size(2)};
-  return x.numel() > 0 ? allocate(shape, accumulate_dtype(x), x) : allocate_zeros(shape, accumulate_dtype(x), x);
+  return x.numel() > 0 ? allocate(shape, dtype, x) : allocate_zeros(shape, dtype, x);
 }
+Tensor parameter_gradient(const Tensor& x) { return parameter_gradient(x, accumulate_dtype(x)); }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(const Tensor& grad_in, const Tensor& x_in, const Tensor& scale_in,
                                                            const Tensor& mean_in, const Tensor& rstd_in) {
@@ -138,12 +139,13 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad_in, const Tenso
   bool narrow = false;
   const Tensor gate = check_gate(gate_in, grad_in, narrow);
   const Tensor grad = dense(grad_in), y = dense(y_in), work = workspace(grad);
-  const Tensor grad_gate = parameter_gradient(grad), grad_y = allocate_like(y);
+  const Tensor grad_gate = narrow ? parameter_gradient(grad, grad.scalar_type()) : parameter_gradient(grad), grad_y = allocate_like(y);
   AdalnBackward p = backward_params(grad);
   p.branch_dtype = branch, p.narrow_gate = narrow;
   p.grad_residual = grad.const_data_ptr(), p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr();
   p.grad_y = grad_y.mutable_data_ptr(), p.grad_gate = grad_gate.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
   if (grad.numel() > 0) CONVDIT_RUN(adaln, backward, grad, p);
+  if (grad_gate.scalar_type() != gate_in.scalar_type()) return {grad_y, torch::stable::to(grad_gate, gate_in.scalar_type())};
   return {grad_y, grad_gate};
 }
 
