@@ -6,7 +6,8 @@
 //
 // Tensors of (B, T, D) are contiguous, in `dtype`; y and its gradient in `branch_dtype`, which is `dtype`, or bf16 or f16
 // beside a float32 x. gate, shift, scale and their gradients (B, D), mean and rstd (B, T) are contiguous and in
-// accum_t<dtype>; where `narrow_gate`, gate and its gradient are in `dtype`. The caller owns every array. Any sizes, including 0; any alignment.
+// accum_t<dtype>; where `narrow_gate`, gate and its gradient are in `dtype`. The caller owns every array. Any sizes, including 0;
+// any alignment.
 #pragma once
 #include <cstdint>
 
@@ -35,11 +36,11 @@ struct AdalnBackward {
   DType dtype, branch_dtype;
   bool narrow_gate;
   const void* grad_residual;  // gradient of residual, or null where y is
-  const void* grad_out;  // gradient of out, or null: only the gated residual is differentiated
+  const void* grad_out;       // gradient of out, or null: only the gated residual is differentiated
   const void *residual, *y, *gate, *scale, *mean, *rstd;
-  void *grad_x, *grad_y;  // grad_x is null where grad_out is (it would be a copy of grad_residual)
+  void *grad_x, *grad_y;      // grad_x is null where grad_out is (it would be a copy of grad_residual)
   void *grad_gate, *grad_shift, *grad_scale;
-  void* workspace;  // (B, ceil(T / kAdalnChunk), 3, D) of accum_t<dtype>
+  void* workspace;            // (B, ceil(T / kAdalnChunk), 3, D) of accum_t<dtype>
 };
 
 struct AdalnKernels {
