@@ -96,7 +96,7 @@ def test_any_strides_and_alignment(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("b, t, heads, d", [(2, 65, 6, 64), (4, 300, 2, 24), (1, 1200, 1, 32)])
+@pytest.mark.parametrize("b, t, heads, d", [(2, 65, 6, 64), (4, 300, 2, 24), (1, 200, 1, 64), (1, 1200, 1, 32)])
 def test_repeats_bitwise_for_any_number_of_threads(b, t, heads, d, dtype):
     harness.assert_repeats_for_any_threads(packed_case(b, t, heads, d), dtype)
 
