@@ -1,7 +1,4 @@
-"""Attention on the packed qkv of the Linear against scaled_dot_product_attention on strided views of it.
-
-On the CPU ours calls the same kernel of PyTorch; what is compared is the packing around it.
-"""
+"""Attention on the packed qkv of the Linear against scaled_dot_product_attention on strided views of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Self-attention on the packed output of a qkv Linear.
 
-Vaswani et al., "Attention Is All You Need" (2017), section 3.2. On a CPU the arithmetic of
-attention is PyTorch's own flash kernel, called on strided views of qkv; packing the three gradients is ours.
+Vaswani et al., "Attention Is All You Need" (2017), section 3.2. The kernels are ours, but that a CPU leaves float64 to
+PyTorch's flash kernel, and large bfloat16 where it has instructions for products of tiles of that.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) ->
     return library.packed_attention_fwd.default(qkv, num_heads, scale, False)[0]
 
 
-OUR_KERNELS = ["cuda"]  # devices where the arithmetic is ours
+KEEP_REST = ["cuda"]  # devices whose kernels keep for the backward what rounding took from the result
 
 
 @torch.library.register_fake("convdit::packed_attention_fwd")
 def _(qkv, num_heads, scale, save):
     batch, tokens, width = qkv.shape
     log_sum_exp = qkv.new_empty((batch, tokens, num_heads), dtype=accumulate_dtype(qkv.dtype))
-    rest = tokens if save and qkv.element_size() == 2 and qkv.device.type in OUR_KERNELS else 0
+    rest = tokens if save and qkv.element_size() == 2 and qkv.device.type in KEEP_REST else 0
     return qkv.new_empty((batch, tokens, width // 3)), log_sum_exp, qkv.new_empty((batch, rest, width // 3))
 
 

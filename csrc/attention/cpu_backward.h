@@ -119,8 +119,8 @@ struct Backward {
             next_queries.ask(panel, panels), next_grads.ask(panel, panels), next_out.ask(panel, panels), results.ask(panel, panels);
             if (last_queries) next_keys.ask(i * panels + panel, tiles.parts * panels);
           };
-          multiply<1, kTurnedRows>(rows, scratch + at.queries, keys, d, count, false, tile_weights, kScoreStep, ask);
-          multiply<1, kTurnedRows>(rows, scratch + at.grads, values, d, count, false, tile_slopes, kScoreStep, nothing);
+          multiply<1>(rows, scratch + at.queries, kTurnedRows, keys, d, count, false, tile_weights, kScoreStep, ask);
+          multiply<1>(rows, scratch + at.grads, kTurnedRows, values, d, count, false, tile_slopes, kScoreStep, nothing);
           for (int64_t row = 0; row < rows; ++row) {
             float& delta_here = delta[token + row];
             if (first_block) delta_here = product_of(grad + (token + row) * step, out + (token + row) * step);
@@ -129,7 +129,7 @@ struct Backward {
           }
           if (!t.of_queries) continue;
           float* grad_q = scratch + at.grad_q + token * at.width;
-          multiply<kScoreStep, 1>(rows, tile_slopes, key_rows, count, d, !first_block, grad_q, at.width, nothing);
+          multiply<kScoreStep>(rows, tile_slopes, 1, key_rows, count, d, !first_block, grad_q, at.width, nothing);
           if (last_block) write_rows(grad_q, rows, whole_scale, to_q + token * 3 * step);
         }
         if (!t.of_keys) continue;
@@ -140,8 +140,8 @@ struct Backward {
             const int64_t rows = last - first;
             float* here = scratch + sum + first * at.width;
             const Writes<T> results{to, 3 * step, last_queries ? rows : 0, d};
-            multiply<1, kScoreStep>(rows, left + first, scratch + right, queries, d, first_query > t.queries.first, here, at.width,
-                                    [&](int64_t panel, int64_t panels) CONVDIT_FLAT { results.ask(panel, panels); });
+            multiply<1>(rows, left + first, kScoreStep, scratch + right, queries, d, first_query > t.queries.first, here, at.width,
+                        [&](int64_t panel, int64_t panels) CONVDIT_FLAT { results.ask(panel, panels); });
             if (last_queries) write_rows(here, rows, 1.f, to);
           };
           add(weights, at.grad_rows, at.grad_v, to_v + (first_key + first) * 3 * step);

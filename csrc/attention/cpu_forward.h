@@ -83,7 +83,7 @@ void forward(const Attention& p, const Runner& run) {
         const Writes<T> results{result + (part.first + first) * out_step, out_step, done ? rows : 0, d};
         float *out = scratch + at.out + first * at.width, *largest = scratch + at.largest + first, *sums = scratch + at.sums + first;
         turn<kTurnedRows>(q + (part.first + first) * p.token_stride, p.token_stride, rows, d, scale.of_queries, queries);
-        multiply<1, kTurnedRows>(rows, queries, keys, d, count, false, scores, kScoreStep, [&](int64_t panel, int64_t panels) CONVDIT_FLAT {
+        multiply<1>(rows, queries, kTurnedRows, keys, d, count, false, scores, kScoreStep, [&](int64_t panel, int64_t panels) CONVDIT_FLAT {
           next_queries.ask(panel, panels), results.ask(panel, panels);
           next_keys.ask(i * panels + panel, tiles.parts * panels);
         });
@@ -100,7 +100,7 @@ void forward(const Attention& p, const Runner& run) {
         }
         for (int64_t row = 0; row < rows; ++row)
           sums[row] = (block > 0 ? sums[row] : 0) + weigh(scores + row * kScoreStep, count, scale.of_products, shift[row]);
-        multiply<kScoreStep, 1>(rows, scores, values, count, d, block > 0, out, at.width, nothing);
+        multiply<kScoreStep>(rows, scores, 1, values, count, d, block > 0, out, at.width, nothing);
         if (!done) continue;
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t token = part.first + first + row;

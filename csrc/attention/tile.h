@@ -55,12 +55,12 @@ void pack(const T* from, int64_t step, int64_t first, int64_t last, int64_t all_
       }
 }
 
-// c = a b, or c + a b, of one panel; value (i, k) of a is a[i * RowStep + k * DepthStep].
-template <int Rows, int Vectors, int64_t RowStep, int64_t DepthStep>
-void tile(const float* a, const float* b, int64_t depth, bool add, float* c, int64_t c_step) {
+// c = a b, or c + a b, of one panel; value (i, k) of a is a[i * RowStep + k * step].
+template <int Rows, int Vectors, int64_t RowStep>
+void tile(const float* a, int64_t step, const float* b, int64_t depth, bool add, float* c, int64_t c_step) {
   Vec<float> sum[Rows][Vectors] = {};
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k, a += DepthStep, b += kColumns) {
+  for (int64_t k = 0; k < depth; ++k, a += step, b += kColumns) {
     Vec<float> row[Vectors];
     unroll<Vectors>(CONVDIT_UNROLLED(V) { row[V] = load(b + V * kFloats); });
     unroll<Rows>(CONVDIT_UNROLLED(I) {
@@ -76,18 +76,23 @@ void tile(const float* a, const float* b, int64_t depth, bool add, float* c, int
   });
 }
 
+using Tile = void (*)(const float* a, int64_t step, const float* b, int64_t depth, bool add, float* c, int64_t c_step);
+template <int Vectors, int64_t RowStep>
+CONVDIT_INLINE Tile tile_of(int64_t rows) {
+  Tile found = nullptr;
+  unroll<kRows>(CONVDIT_UNROLLED(I) { found = rows == I + 1 ? tile<I + 1, Vectors, RowStep> : found; });
+  return found;
+}
+
 // At most kRows rows of c, round_up(columns, kFloats) wide, from all panels of b. Calls between(panel, panels) before each.
-template <int64_t RowStep, int64_t DepthStep, class F>
-void multiply(int64_t rows, const float* a, const float* b, int64_t depth, int64_t columns, bool add, float* c, int64_t c_step,
-              const F& between) {
-  unroll<kRows>(CONVDIT_UNROLLED(I) {
-    if (rows != I + 1) return;
-    for (int64_t column = 0; column < columns; column += kColumns, b += depth * kColumns) {
-      between(column / kColumns, ceil_div(columns, kColumns));
-      const auto compute = columns - column > kFloats ? tile<I + 1, 2, RowStep, DepthStep> : tile<I + 1, 1, RowStep, DepthStep>;
-      compute(a, b, depth, add, c + column, c_step);
-    }
-  });
+template <int64_t RowStep, class F>
+void multiply(int64_t rows, const float* a, int64_t step, const float* b, int64_t depth, int64_t columns, bool add, float* c,
+              int64_t c_step, const F& between) {
+  const Tile wide = tile_of<2, RowStep>(rows), narrow = tile_of<1, RowStep>(rows);
+  for (int64_t column = 0; column < columns; column += kColumns, b += depth * kColumns) {
+    between(column / kColumns, ceil_div(columns, kColumns));
+    (columns - column > kFloats ? wide : narrow)(a, step, b, depth, add, c + column, c_step);
+  }
 }
 
 }  // namespace

@@ -2,11 +2,10 @@
 //
 //   q, k, v (B, T, heads, d) = the thirds of qkv (B, T, 3D), D = heads * d
 //   out (B, T, D) = softmax(scale * q k^T) v, head by head          log_sum_exp (B, T, heads) over the keys
-//   rest (B, T, D) = what rounding out to 16 bits took from it: what our own kernels keep for the backward; else (B, 0, D)
+//   rest (B, T, D) = what rounding out to 16 bits took from it: what the CUDA kernels keep for the backward; else (B, 0, D)
 //
-// On the CPU the arithmetic is PyTorch's own flash attention, called through the dispatcher on strided views of qkv, so
-// nothing is copied on the way in or out of the forward; what is ours is the packing of the three gradients into one.
-// On CUDA the kernels are ours (attention.h).
+// The kernels are ours (attention.h), but for what by_pytorch() leaves to PyTorch's flash kernel on the CPU. That one is called through
+// the dispatcher on strided views of qkv, so that nothing is copied on the way in or out but its three gradients.
 #include "attention/attention.h"
 
 #if defined(__x86_64__)
@@ -103,7 +102,7 @@ Tensor heads_together(const Tensor& t, const Shape& s, int64_t size) {
   return view_of(result, {s.batch, s.tokens, size}, {s.tokens * size, size, 1});
 }
 
-// The flash kernels read rows of d without gaps.
+// The kernels read rows of d without gaps.
 Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
 std::tuple<Tensor, Tensor, Tensor> forward_by_pytorch(const Tensor& qkv, const Shape& s, double scale) {

@@ -30,7 +30,7 @@ NOT_FOR_CUDA = {
     r"^test_call_cost.py::test_large_results_ask_for_huge_pages$": "of the CPU's memory",
     # The fused block and GELU are the CPU's; on CUDA they are other operators, ours or PyTorch's.
     r"^test_integration.py::.*(convnext_block|gelu_tanh)": "of the CPU kernels",
-    r"^test_gelu_tanh.py": "of the CPU kernels",
+    r"^test_(gelu_tanh|attention_cpu).py": "of the CPU kernels",
     r"^test_integration.py::test_(the_table_reaches_every|exported_programs|gradients_of_two_processes)": (
         "of all operators at once, the fused block among them"
     ),
@@ -45,7 +45,7 @@ def take_cpu_tensors_for_cuda() -> None:
     """Where an operator's result depends on the device, its fake too must take a CPU tensor for one on CUDA."""
     from convdit.ops import attention, linear
 
-    attention.OUR_KERNELS.append("cpu")
+    attention.KEEP_REST.append("cpu")
     linear.HERE = False  # its product is of the CPU's kernels
 
 
