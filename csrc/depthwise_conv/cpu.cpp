@@ -10,11 +10,14 @@
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
-constexpr int64_t kBandBytes = 512 * 1024;  // of x that one task passes over for all its channels: stays in the L2 cache
+// Of x, in one band of rows that is passed over for all its channels: with y, and the next band that is fetched meanwhile, it
+// stays in the second-level cache.
+constexpr int64_t kBandBytes = 300 * 1024;
+constexpr int64_t kNearBytes = 1 << 20;  // arrays smaller than this stay there: nothing is fetched ahead
 
-template <class T, class P>
-int64_t map_bytes(const P& p) {  // of x and y, or of x and grad
-  return 2 * p.batch * p.height * p.width * p.channels * static_cast<int64_t>(sizeof(T));
+template <class P>
+Map map_of(const P& p) {
+  return {p.height, p.width, p.channels, p.kernel};
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
@@ -26,17 +29,16 @@ void pack_weights(const DepthwiseConv& p, int64_t plane) {
 }
 
 template <class T>
-void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, int64_t next, Range band) {
+void forward_plane(const DepthwiseConv& p, const Band& band, int64_t plane, Ahead& next_x, Ahead& next_y) {
   using A = accum_t<T>;
-  const Map map{p.height, p.width, p.channels, p.kernel};
+  const Map map = map_of(p);
   const Plane c = plane_channels<A>(p.channels, plane);
-  const int64_t offset = image * p.height * p.width * p.channels + c.first;
+  const int64_t offset = band.image * p.height * p.width * p.channels + c.first;
   const A* weight = static_cast<const A*>(p.packed) + plane * p.kernel * p.kernel * lanes<A>;
   const Vec<A> start = p.bias ? load_lanes<false>(static_cast<const A*>(p.bias) + c.first, c.lanes) : Vec<A>{};
   const T* x = static_cast<const T*>(p.x) + offset;
   T* y = static_cast<T*>(p.y) + offset;
-  const NextPlane<T> ahead(x, y, map, c, plane_channels<A>(p.channels, next), map_bytes<T>(p));
-  pass_rows<true>(x, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
+  pass_rows<true>(x, map, band.rows, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
     alignas(kVectorBytes) A row[kStrip * lanes<A>];
     T* to = y + (h * p.width + strip.first) * p.channels;
     A* out = row;
@@ -44,13 +46,13 @@ void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, int64_t
     if constexpr (sizeof(T) == sizeof(A)) {
       if (c.lanes == lanes<A>) out = to, out_step = p.channels;
       if (rows.outputs == 2) {
-        for (int64_t r = 0; r < 2; ++r) ahead.fetch(h + r, strip.first, strip.columns);
+        next_x.step(2), next_y.step(2);
         return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
       }
     }
     for (int64_t i = 0; i < strip.tiles; ++i) {
       const auto& tile = strip.tile[i];
-      ahead.fetch(h, strip.first + tile.first, tile.columns);
+      next_x.step(), next_y.step();
       rows.offset = tile.first * rows.step;
       tile.kernels->forward[tile.columns](rows, weight, start, out + tile.first * out_step, out_step);
     }
@@ -58,101 +60,145 @@ void forward_plane(const DepthwiseConv& p, int64_t image, int64_t plane, int64_t
   });
 }
 
-// How the forward is cut into tasks: bands of rows, and where these are few, groups of planes. The planes that overlap
-// are in one group: no two threads write the same value.
-struct ForwardTasks {
-  int64_t bands, groups, planes, apart;
-  Range planes_of(int64_t group) const {
-    const Range r = part_of(apart, groups, group);
-    return {r.first, r.last == apart ? planes : r.last};
-  }
-};
+// How the forward is cut: bands of rows, and groups of planes where bands are few or wide. The planes that overlap are in one
+// group: no two threads write the same value.
 template <class T>
-ForwardTasks forward_tasks(const DepthwiseConv& p, const Runner& run, bool split_channels) {
-  constexpr int64_t vector = lanes<accum_t<T>>;
-  const int64_t wanted = run.threads > 1 ? 4 * run.threads : 1, row_bytes = p.width * p.channels * static_cast<int64_t>(sizeof(T));
-  // Not so few that most rows are read for two bands; a LayerNorm wants the band in cache.
-  int64_t rows = larger(kBandBytes / row_bytes - p.kernel + 1, split_channels ? 2 * p.kernel : p.kernel);
-  if (!split_channels) rows = smaller(rows, larger(1, p.batch * p.height / wanted));
-  const int64_t bands = ceil_div(p.height, rows), apart = larger(1, p.channels / vector);
-  return {bands, split_channels ? smaller(apart, ceil_div(wanted, p.batch * bands)) : 1, ceil_div(p.channels, vector), apart};
-}
+class ForwardParts {
+  using A = accum_t<T>;
+
+ public:
+  int64_t bands, groups;  // of all images; of each band
+
+  ForwardParts(const DepthwiseConv& p, const Runner& run, bool split_channels)
+      : p_(p), map_(map_of(p)), planes_(plane_count<A>(p.channels)), apart_(larger(1, p.channels / lanes<A>)) {
+    const int64_t wanted = run.threads > 1 ? 4 * run.threads : 1, row_bytes = p.width * p.channels * static_cast<int64_t>(sizeof(T));
+    // Not so few that most rows are read for two bands; a LayerNorm wants the band in cache.
+    int64_t rows = larger(kBandBytes / row_bytes - p.kernel + 1, split_channels ? 2 * p.kernel : p.kernel);
+    if (!split_channels) rows = smaller(rows, larger(1, p.batch * p.height / wanted));
+    rows = smaller(rows, p.height);
+    per_image_ = ceil_div(p.height, rows), bands = p.batch * per_image_;
+    groups = smaller(apart_, larger(ceil_div(rows * row_bytes, kBandBytes), split_channels ? ceil_div(wanted, bands) : 1));
+    fetch_ = 2 * p.batch * p.height * row_bytes > kNearBytes;
+    run(planes_, [&](int64_t plane) { pack_weights<A>(p_, plane); });
+  }
+
+  Band band_of(int64_t part) const {
+    const int64_t band = part / groups;
+    return {band / per_image_, part_of(p_.height, per_image_, band % per_image_)};
+  }
+  // Convolves part `part` of bands * groups, and fetches the part that this thread takes next, as far as one can tell.
+  void convolve(int64_t part, int64_t next) const {
+    const Band band = band_of(part);
+    const Range planes = planes_of(part);
+    Ahead next_x, next_y;
+    if (fetch_ && next < bands * groups) {
+      const int64_t steps = (band.rows.last - band.rows.first) * (planes.last - planes.first) * row_tiles(map_);
+      next_x = band_ahead<T>(p_.x, map_, band_of(next), planes_of(next), p_.kernel / 2, steps);
+      next_y = band_ahead<T>(p_.y, map_, band_of(next), planes_of(next), 0, steps);
+    }
+    for (int64_t plane = planes.first; plane < planes.last; ++plane) forward_plane<T>(p_, band, plane, next_x, next_y);
+  }
+
+ private:
+  Range planes_of(int64_t part) const {
+    const Range r = part_of(apart_, groups, part % groups);
+    return {r.first, r.last == apart_ ? planes_ : r.last};
+  }
+
+  const DepthwiseConv& p_;
+  const Map map_;
+  int64_t planes_, apart_, per_image_;
+  bool fetch_;
+};
 
 template <class T>
 void forward(const DepthwiseConv& p, const Runner& run) {
-  const ForwardTasks tasks = forward_tasks<T>(p, run, true);
-  run(tasks.planes, [&](int64_t plane) { pack_weights<accum_t<T>>(p, plane); });
-  run(p.batch * tasks.bands * tasks.groups, [&](int64_t task) {
-    const int64_t image = task / tasks.groups / tasks.bands;
-    const Range planes = tasks.planes_of(task % tasks.groups);
-    const Range band = part_of(p.height, tasks.bands, task / tasks.groups % tasks.bands);
-    for (int64_t plane = planes.first; plane < planes.last; ++plane)
-      forward_plane<T>(p, image, plane, smaller(plane + 1, planes.last - 1), band);
-  });
+  const ForwardParts<T> parts(p, run, true);
+  run(parts.bands * parts.groups, [&](int64_t part) { parts.convolve(part, part + run.threads); });
 }
 
 template <class T>
 void forward_layer_norm(const DepthwiseConvLayerNorm& p, const Runner& run) {
   const DepthwiseConv& conv = p.conv;
-  const ForwardTasks tasks = forward_tasks<T>(conv, run, false);
-  run(tasks.planes, [&](int64_t plane) { pack_weights<accum_t<T>>(conv, plane); });
-  run(conv.batch * tasks.bands, [&](int64_t task) {
-    const int64_t image = task / tasks.bands;
-    const Range band = part_of(conv.height, tasks.bands, task % tasks.bands);
-    for (int64_t plane = 0; plane < tasks.planes; ++plane) forward_plane<T>(conv, image, plane, smaller(plane + 1, tasks.planes - 1), band);
-    const int64_t last = (image * conv.height + band.last) * conv.width;
+  const ForwardParts<T> parts(conv, run, false);
+  run(parts.bands, [&](int64_t task) {
+    const int64_t first = task * parts.groups, end = first + parts.groups;
+    for (int64_t part = first; part < end; ++part) parts.convolve(part, part + 1 < end ? part + 1 : first + run.threads * parts.groups);
+    const Band band = parts.band_of(first);
+    const int64_t last = (band.image * conv.height + band.rows.last) * conv.width;
     constexpr int64_t group = lanes<accum_t<T>>;
-    for (int64_t site = (image * conv.height + band.first) * conv.width; site < last; site += group)
+    for (int64_t site = (band.image * conv.height + band.rows.first) * conv.width; site < last; site += group)
       normalise_sites<T>(p, site, smaller(group, last - site));
   });
 }
 
 // ---- weight gradient ---------------------------------------------------------------------------------------------
-// One part's sums for one plane: `total` is (K*K + 1, lanes), the last row for the bias.
+// Adds the sums of one band for one plane to `total`, (K*K + 1, lanes), the last row for the bias.
 template <class T>
-void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t plane, accum_t<T>* total) {
+void weight_grad_plane(const DepthwiseConvWeightGrad& p, const Band& band, int64_t plane, accum_t<T>* total, Ahead& next_x,
+                       Ahead& next_grad) {
   using A = accum_t<T>;
-  const Map map{p.height, p.width, p.channels, p.kernel};
+  const Map map = map_of(p);
   const Plane c = plane_channels<A>(p.channels, plane);
-  const Plane next = plane_channels<A>(p.channels, smaller(plane + 1, plane_count<A>(p.channels) - 1));
+  const int64_t rows = band.rows.last - band.rows.first, tiles = row_tiles(map);
   const WeightNarrow<A> narrow =
       p.width <= kMaxPair && p.height <= kMaxNarrowRows ? tiles_for<A>(p.kernel, kAlone).narrow[p.width] : nullptr;
-  for (int64_t i = 0; i <= p.kernel * p.kernel; ++i) store(total + i * lanes<A>, Vec<A>{});
-  const Range all = part_of(p.batch * p.height, p.parts, part);
-  for (int64_t image = all.first / p.height; image * p.height < all.last; ++image) {
-    const int64_t offset = image * p.height * p.width * p.channels + c.first;
-    const Range band = {larger(0, all.first - image * p.height), smaller(p.height, all.last - image * p.height)};
-    const T *grad = static_cast<const T*>(p.grad) + offset, *x = static_cast<const T*>(p.x) + offset;
-    if (narrow != nullptr && 2 * (band.last - band.first) > p.height) {  // of fewer rows the copies would take longer than the sums
-      alignas(kVectorBytes) A copies[2][kMaxNarrowRows * larger(kMaxPair, 1) * lanes<A>];
-      const int64_t size = p.height * p.width * p.channels, first = all.first / p.height;
-      read_row(x, p.channels, p.height * p.width, c.lanes, copies[0]);
-      read_row(grad + band.first * p.width * p.channels, p.channels, (band.last - band.first) * p.width, c.lanes, copies[1]);
-      // The next image, or the next plane of the first one.
-      const int64_t to = (image + 1) * p.height < all.last ? size : next.first - c.first - (image - first) * size;
-      narrow({copies[0], copies[1], p.height, band.first, band.last, reinterpret_cast<const char*>(x + to),
-              reinterpret_cast<const char*>(grad + to), p.channels * static_cast<int64_t>(sizeof(T))},
-             total);
-      continue;
+  const int64_t offset = band.image * p.height * p.width * p.channels + c.first;
+  const T *grad = static_cast<const T*>(p.grad) + offset, *x = static_cast<const T*>(p.x) + offset;
+  if (narrow != nullptr && 2 * rows > p.height) {  // of fewer rows the copies would take longer than the sums
+    alignas(kVectorBytes) A copies[2][kMaxNarrowRows * larger(kMaxPair, 1) * lanes<A>];
+    read_row(x, p.channels, p.height * p.width, c.lanes, copies[0]);
+    read_row(grad + band.rows.first * p.width * p.channels, p.channels, rows * p.width, c.lanes, copies[1]);
+    for (int64_t k = 0; k < p.kernel; ++k) {
+      const Range part = part_of(rows * tiles, p.kernel, k);
+      next_x.step(part.last - part.first), next_grad.step(part.last - part.first);
+      narrow({copies[0], copies[1], p.height, band.rows}, k, total);
     }
-    const NextPlane<T> ahead(x, grad, map, c, next, map_bytes<T>(p));
-    pass_rows<false>(x, map, band, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
-      alignas(kVectorBytes) A row[kStrip * lanes<A>];
-      const T* from = grad + (h * p.width + strip.first) * p.channels;
-      const A* g = row;
-      int64_t g_step = lanes<A>;
-      bool copy = true;
-      if constexpr (sizeof(T) == sizeof(A)) {
-        if (c.lanes == lanes<A>) g = from, g_step = p.channels, copy = false;
-      }
-      if (copy) read_row(from, p.channels, strip.columns, c.lanes, row);
-      for (int64_t i = 0; i < strip.tiles; ++i) {
-        const auto& tile = strip.tile[i];
-        ahead.fetch(h, strip.first + tile.first, tile.columns);
-        rows.offset = tile.first * rows.step;
-        tile.kernels->weight[tile.columns](rows, g + tile.first * g_step, g_step, total);
-      }
-    });
+    return;
+  }
+  pass_rows<false>(x, map, band.rows, c, [&](int64_t h, const Strip<A>& strip, TileRows<A>& rows) {
+    alignas(kVectorBytes) A row[kStrip * lanes<A>];
+    const T* from = grad + (h * p.width + strip.first) * p.channels;
+    const A* g = row;
+    int64_t g_step = lanes<A>;
+    bool copy = true;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (c.lanes == lanes<A>) g = from, g_step = p.channels, copy = false;
+    }
+    if (copy) read_row(from, p.channels, strip.columns, c.lanes, row);
+    for (int64_t i = 0; i < strip.tiles; ++i) {
+      const auto& tile = strip.tile[i];
+      next_x.step(), next_grad.step();
+      rows.offset = tile.first * rows.step;
+      tile.kernels->weight[tile.columns](rows, g + tile.first * g_step, g_step, total);
+    }
+  });
+}
+
+// The sums of one part, (planes, K*K + 1, lanes), band by band of `rows` rows.
+template <class T>
+void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t rows, Range planes, accum_t<T>* totals) {
+  using A = accum_t<T>;
+  const Map map = map_of(p);
+  const int64_t sums = (p.kernel * p.kernel + 1) * lanes<A>;
+  const bool fetch = 2 * p.batch * p.height * p.width * p.channels * static_cast<int64_t>(sizeof(T)) > kNearBytes;
+  const Range all = part_of(p.batch * p.height, p.parts, part);
+  const auto band_at = [&](int64_t row, int64_t end) -> Band {
+    const int64_t image = row / p.height, first = row - image * p.height;
+    return {image, {first, smaller(smaller(p.height, first + rows), end - image * p.height)}};
+  };
+  for (int64_t i = planes.first * sums; i < planes.last * sums; i += lanes<A>) store(totals + i, Vec<A>{});
+  for (int64_t row = all.first; row < all.last;) {
+    const Band band = band_at(row, all.last);
+    row += band.rows.last - band.rows.first;
+    Ahead next_x, next_grad;
+    if (fetch && row < p.batch * p.height) {
+      const Band next = band_at(row, p.batch * p.height);
+      const int64_t steps = (band.rows.last - band.rows.first) * (planes.last - planes.first) * row_tiles(map);
+      next_x = band_ahead<T>(p.x, map, next, planes, p.kernel / 2, steps), next_grad = band_ahead<T>(p.grad, map, next, planes, 0, steps);
+    }
+    for (int64_t plane = planes.first; plane < planes.last; ++plane)
+      weight_grad_plane<T>(p, band, plane, totals + plane * sums, next_x, next_grad);
   }
 }
 
@@ -173,13 +219,12 @@ template <class T>
 void weight_grad(const DepthwiseConvWeightGrad& p, const Runner& run) {
   using A = accum_t<T>;
   const int64_t planes = plane_count<A>(p.channels), sums = (p.kernel * p.kernel + 1) * lanes<A>;
-  // A task takes planes side by side: each fetches the next one to the cache of its own core.
-  const int64_t groups = run.threads == 1 ? 1 : smaller(ceil_div(4 * run.threads, p.parts), planes);
+  const int64_t row_bytes = 2 * p.width * p.channels * static_cast<int64_t>(sizeof(T)), rows = larger(kBandBytes / row_bytes, p.kernel);
+  const int64_t wanted = run.threads > 1 ? 4 * run.threads : 1;
+  const int64_t groups = smaller(planes, larger(ceil_div(wanted, p.parts), ceil_div(smaller(rows, p.height) * row_bytes, kBandBytes)));
   run(p.parts * groups, [&](int64_t task) {
     const int64_t part = task / groups;
-    const Range group = part_of(planes, groups, task % groups);
-    for (int64_t plane = group.first; plane < group.last; ++plane)
-      weight_grad_part<T>(p, part, plane, static_cast<A*>(p.workspace) + (part * planes + plane) * sums);
+    weight_grad_part<T>(p, part, rows, part_of(planes, groups, task % groups), static_cast<A*>(p.workspace) + part * planes * sums);
   });
   run(planes, [&](int64_t plane) { add_weight_parts<A>(p, plane); });
 }

@@ -3,6 +3,7 @@
 // through a ring of K rows on the stack, [row][column][lanes] in the accumulate dtype with zeros around the map, which
 // settles borders, dtypes and channel tails at a fiftieth of the work that is then done.
 #pragma once
+#include "common/ahead.h"
 #include "common/simd.h"
 #include "depthwise_conv/tiles.h"
 
@@ -52,6 +53,16 @@ struct Strip {
     const Tiles<A>* kernels;
   } tile[ceil_div(kStrip, kMaxTile)];
 };
+// Tiles of one row of the map.
+inline int64_t row_tiles(const Map& map) {
+  const int64_t strips = ceil_div(map.width, kStrip);
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < strips; ++i) {
+    const Range columns = part_of(map.width, strips, i);
+    tiles += ceil_div(columns.last - columns.first, kMaxTile);
+  }
+  return tiles;
+}
 template <class A>
 Strip<A> make_strip(const Map& map, Range columns) {
   const int64_t radius = map.kernel / 2;
@@ -83,32 +94,23 @@ Plane plane_channels(int64_t channels, int64_t plane) {
   return {larger(0, smaller(plane * lanes<A>, channels - lanes<A>)), smaller(lanes<A>, channels)};
 }
 
-// Fetches the plane after this one to the second-level cache while this one is worked on. Its lines are a site's channels apart:
-// the CPU's own prefetchers follow no such step, and each row would wait for its lines. `maps`: all bytes of x and of `beside`,
-// which is read or written at the same sites. Where they fit the cache there is nothing to fetch, and no time to lose.
-template <class T>
-class NextPlane {
- public:
-  NextPlane(const T* x, const T* beside, const Map& map, Plane plane, Plane next, int64_t maps) : map_(map) {
-    constexpr int64_t near = 1 << 20, line = 64;
-    const bool new_line = next.first * static_cast<int64_t>(sizeof(T)) % line == 0;  // else it came with this plane
-    if (next.first > plane.first && new_line && maps > near) x_ = x + next.first - plane.first, beside_ = beside + next.first - plane.first;
-  }
-  // What row h needs, and rows above it do not, under `columns` columns.
-  CONVDIT_INLINE void fetch(int64_t h, int64_t first, int64_t columns) const {
-    if (x_ == nullptr) return;
-    const int64_t radius = map_.kernel / 2, row = map_.width * map_.channels, column = first * map_.channels;
-    for (int64_t i = h == 0 ? 0 : h + radius; i < smaller(h + radius + 1, map_.height); ++i) fetch_row(x_ + i * row + column, columns);
-    fetch_row(beside_ + h * row + column, columns);
-  }
-
- private:
-  CONVDIT_INLINE void fetch_row(const T* row, int64_t columns) const {
-    for (int64_t i = 0; i < columns; ++i) __builtin_prefetch(row + i * map_.channels, 0, 2);
-  }
-  const Map& map_;
-  const T *x_ = nullptr, *beside_ = nullptr;
+// A band of rows of one image: what is worked on, plane by plane, while it stays in the second-level cache.
+struct Band {
+  int64_t image;
+  Range rows;
 };
+// What the rows of a later band need of `values`, one of the arrays (N, H, W, C), in `steps` steps: its own rows, with those below
+// that the kernel covers (`radius`). The rows above came with the band before.
+template <class T>
+Ahead band_ahead(const void* values, const Map& map, const Band& band, Range planes, int64_t radius, int64_t steps) {
+  using A = accum_t<T>;
+  constexpr int64_t size = sizeof(T);
+  const int64_t first = plane_channels<A>(map.channels, planes.first).first;
+  const Plane last = plane_channels<A>(map.channels, planes.last - 1);
+  const int64_t top = band.rows.first == 0 ? 0 : band.rows.first + radius, bottom = smaller(map.height, band.rows.last + radius);
+  const T* from = static_cast<const T*>(values) + (band.image * map.height + top) * map.width * map.channels + first;
+  return {from, (last.first + last.lanes - first) * size, map.channels * size, larger(0, bottom - top) * map.width, steps};
+}
 
 // Whether the tiles may read the map. The rows under the kernel should stay in the first-level cache for the next row, and
 // copied they take half the lines where a vector is half a line. Cache lines a multiple of 4 KiB apart share one set of the first-level cache, so with
@@ -162,8 +164,8 @@ CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plan
         for (int64_t k = 1; k < map.kernel; ++k) ring_rows[k - 1] = ring_rows[k];
         ring_rows[map.kernel - 1] = const_cast<A*>(x_rows[0]);
       } else if constexpr (sizeof(T) == sizeof(A)) {
-        const T* first = x + (h - radius) * row_size + (strip.first - radius) * map.channels;
-        for (int64_t k = rows.first; k < rows.last; ++k) x_rows[k] = first + k * row_size;
+        const T* row = x + (h - radius + rows.first) * row_size + (strip.first - radius) * map.channels;
+        for (int64_t k = rows.first; k < rows.last; ++k, row += row_size) x_rows[k] = row;
       }
       body(h, strip, rows);
     }

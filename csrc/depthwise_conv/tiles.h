@@ -117,21 +117,25 @@ CONVDIT_INLINE void add_bias_sum(const Vec<A>* grad, A* total) {
 
 template <class A, int Columns, int Side>
 __attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad, int64_t grad_step, A* total) {
+  constexpr int chains = kVectorRegisters == 32 ? 2 : 1;  // seven chains of products would wait for one another
   Vec<A> g[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
   for (int64_t row = t.first; row < t.last; ++row) {
     const A* x = t.x[row] + t.offset;
     A* row_total = total + row * 7 * lanes<A>;
-    Vec<A> sum[7] = {};
+    Vec<A> sum[chains][7] = {};
     unroll<Columns + 6>(CONVDIT_UNROLLED(C) {
       if constexpr (tile_reads(C, Columns, Side)) {
         const Vec<A> v = load(x + C * t.step);
         unroll<7>(CONVDIT_UNROLLED(K) {
-          if constexpr (C >= K && C - K < Columns) sum[K] += v * g[C - K];
+          if constexpr (C >= K && C - K < Columns) sum[C % chains][K] += v * g[C - K];
         });
       }
     });
-    unroll<7>(CONVDIT_UNROLLED(I) { store(row_total + I * lanes<A>, load(row_total + I * lanes<A>) + sum[I]); });
+    unroll<7>(CONVDIT_UNROLLED(I) {
+      if constexpr (chains == 2) sum[0][I] += sum[1][I];
+      store(row_total + I * lanes<A>, load(row_total + I * lanes<A>) + sum[0][I]);
+    });
   }
   add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);
 }
@@ -140,48 +144,36 @@ __attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad
 // a site's channels apart share a few sets of the first-level cache and evict one another.
 template <class A>
 struct NarrowMap {
-  const A *x, *grad;  // grad: `rows` alone
-  int64_t height, first, last;
-  const char *next_x, *next_grad;  // the sites of the map to come, fetched a row at a time
-  int64_t next_step;               // bytes from site to site
+  const A *x, *grad;
+  int64_t height;
+  Range rows;  // those of grad; of x all
 };
 constexpr int64_t kMaxNarrowRows = 7;  // the sums of more would be less exact
 
-// A kernel row's sums stay in registers for all rows of the map, odd and even rows apart: twice as many chains of products.
+// Kernel row k: its sums stay in registers for all rows of the map, odd and even rows apart: twice as many chains of products.
 template <class A, int Columns>
-__attribute__((noinline)) void weight_narrow_7(const NarrowMap<A>& m, A* total) {
+__attribute__((noinline)) void weight_narrow_7(const NarrowMap<A>& m, int64_t k, A* total) {
   constexpr int64_t row_size = Columns * lanes<A>;
-  for (int64_t k = 0; k < 7; ++k) {
-    Vec<A> sum[2][7] = {};
-    const auto add = [&]<int Chain>(int64_t row) CONVDIT_FLAT {
-      const A *x = m.x + (row + k - 3) * row_size, *grad = m.grad + (row - m.first) * row_size;
-      Vec<A> g[Columns];
-      unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * lanes<A>); });
-      unroll<Columns>(CONVDIT_UNROLLED(C) {
-        const Vec<A> v = load(x + C * lanes<A>);
-        unroll<7>(CONVDIT_UNROLLED(K) {
-          constexpr int column = C + 3 - K;
-          if constexpr (column >= 0 && column < Columns) sum[Chain][K] += v * g[column];
-        });
-      });
-    };
-    int64_t row = larger(m.first, 3 - k);
-    const int64_t last = smaller(m.last, m.height + 3 - k);
-    for (; row + 1 < last; row += 2) add.template operator()<0>(row), add.template operator()<1>(row + 1);
-    if (row < last) add.template operator()<0>(row);
-    A* to = total + k * 7 * lanes<A>;
-    unroll<7>(CONVDIT_UNROLLED(I) { store(to + I * lanes<A>, load(to + I * lanes<A>) + (sum[0][I] + sum[1][I])); });
-    if (k >= m.height) continue;
-    unroll<Columns>(CONVDIT_UNROLLED(I) {
-      __builtin_prefetch(m.next_x + (k * Columns + I) * m.next_step, 0, 2);
-      __builtin_prefetch(m.next_grad + (k * Columns + I) * m.next_step, 0, 2);
-    });
-  }
-  for (int64_t row = 0; row < m.last - m.first; ++row) {
+  Vec<A> sum[2][7] = {};
+  const auto add = [&]<int Chain>(int64_t row) CONVDIT_FLAT {
+    const A *x = m.x + (row + k - 3) * row_size, *grad = m.grad + (row - m.rows.first) * row_size;
     Vec<A> g[Columns];
-    unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(m.grad + row * row_size + I * lanes<A>); });
-    add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);
-  }
+    unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * lanes<A>); });
+    unroll<Columns>(CONVDIT_UNROLLED(C) {
+      const Vec<A> v = load(x + C * lanes<A>);
+      unroll<7>(CONVDIT_UNROLLED(K) {
+        constexpr int column = C + 3 - K;
+        if constexpr (column >= 0 && column < Columns) sum[Chain][K] += v * g[column];
+      });
+    });
+    if (k == 3) add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);  // which meets every row
+  };
+  int64_t row = larger(m.rows.first, 3 - k);
+  const int64_t last = smaller(m.rows.last, m.height + 3 - k);
+  for (; row + 1 < last; row += 2) add.template operator()<0>(row), add.template operator()<1>(row + 1);
+  if (row < last) add.template operator()<0>(row);
+  A* to = total + k * 7 * lanes<A>;
+  unroll<7>(CONVDIT_UNROLLED(I) { store(to + I * lanes<A>, load(to + I * lanes<A>) + (sum[0][I] + sum[1][I])); });
 }
 
 template <class A, int Columns>
@@ -208,7 +200,7 @@ using ForwardPair = void (*)(const TileRows<A>&, const A* weight, Vec<A> start, 
 template <class A>
 using WeightTile = void (*)(const TileRows<A>&, const A* grad, int64_t grad_step, A* total);
 template <class A>
-using WeightNarrow = void (*)(const NarrowMap<A>&, A* total);
+using WeightNarrow = void (*)(const NarrowMap<A>&, int64_t k, A* total);
 
 template <class A>
 struct Tiles {

@@ -75,16 +75,18 @@ Tensor depthwise_conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_i
   return grad_x;
 }
 
-// Into how many parts a sum over `rows` rows is cut: enough for every thread or multiprocessor, and short enough that a part's
-// `row_bytes` a row stay in cache between the blocks of channels. It must not depend on the number of threads.
-int64_t sum_parts(int64_t rows, int64_t row_bytes, int64_t tasks_per_part) {
+// Into how many parts a sum over `rows` rows is cut: enough for every thread or multiprocessor, and on a CPU, where a part is one sum
+// after another, none of more than `longest` rows: it would lose digits. It must not depend on the number of threads.
+int64_t sum_parts(int64_t rows, int64_t longest, int64_t tasks_per_part) {
 #ifdef CONVDIT_DEVICE_CUDA
-  constexpr int64_t kTasks = 1024, kPartBytes = int64_t{1} << 40;
+  constexpr int64_t kTasks = 1024;
+  longest = rows;
 #else
-  constexpr int64_t kTasks = 64, kPartBytes = int64_t{1} << 20;
+  constexpr int64_t kTasks = 48;
 #endif
-  return std::max<int64_t>(1, std::min(rows, std::max(ceil_div(kTasks, tasks_per_part), ceil_div(rows * row_bytes, kPartBytes))));
+  return std::max<int64_t>(1, std::min(rows, std::max(ceil_div(kTasks, tasks_per_part), ceil_div(rows, longest))));
 }
+constexpr int64_t kPartSites = 32 * 49;  // of a weight gradient
 
 std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, int64_t kernel) {
   check_map("x", x_in);
@@ -102,8 +104,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad_in, c
   p.dtype = dtype_of("x", x);
   p.grad = grad.const_data_ptr(), p.x = x.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
-  p.parts = sum_parts(p.batch * p.height, 2 * p.width * channels * static_cast<int64_t>(x.element_size()),
-                      padded_channels(channels) / kChannelMultiple);
+  p.parts = sum_parts(p.batch * p.height, std::max<int64_t>(1, kPartSites / p.width), padded_channels(channels) / kChannelMultiple);
   const Tensor work = allocate({p.parts, kernel * kernel + 1, padded_channels(channels)}, dtype, x);
   p.workspace = work.mutable_data_ptr();
   CONVDIT_RUN(depthwise_conv, weight_grad, x, p);
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(const Tensor&
   p.grad = grad.const_data_ptr(), p.x = conv.const_data_ptr(), p.weight = ln_weight.const_data_ptr();
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
-  p.parts = sum_parts(ceil_div(p.rows, 16), 0, 1);
+  p.parts = sum_parts(ceil_div(p.rows, 16), p.rows, 1);
   const Tensor work = allocate({p.parts, 2, channels}, dtype, conv), grad_conv = allocate_like(conv);
   p.grad_x = grad_conv.mutable_data_ptr();
   p.workspace = work.mutable_data_ptr();

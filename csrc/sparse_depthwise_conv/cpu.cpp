@@ -8,16 +8,16 @@ namespace {
 template <class H>
 void forward_halves(const SparseDepthwise& p, const Runner& run) {
   const int64_t count = p.blocks * p.block * p.block * p.channels;
-  widen_all<H>(p.x, p.wide_x, count, run);
+  convert_all(static_cast<const H*>(p.x), p.wide_x, count, run);
   forward<float>(p, p.wide_x, p.wide_y, run);
-  narrow_all<H>(p.wide_y, p.y, count, run);
+  convert_all(p.wide_y, static_cast<H*>(p.y), count, run);
 }
 
 template <class H>
 void weight_grad_halves(const SparseDepthwiseWeightGrad& p, const Runner& run) {
   const int64_t count = p.blocks * p.block * p.block * p.channels;
-  widen_all<H>(p.grad, p.wide_grad, count, run);
-  widen_all<H>(p.x, p.wide_x, count, run);
+  convert_all(static_cast<const H*>(p.grad), p.wide_grad, count, run);
+  convert_all(static_cast<const H*>(p.x), p.wide_x, count, run);
   weight_grad<float>(p, p.wide_grad, p.wide_x, run);
 }
 

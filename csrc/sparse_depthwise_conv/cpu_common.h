@@ -2,6 +2,7 @@
 //
 // Kernels know float and double only: halves are copied to float32 first, since each feature is read about ten times.
 #pragma once
+#include "common/ahead.h"
 #include "common/simd.h"
 #include "common/transpose.h"
 #include "common/unroll.h"
@@ -62,19 +63,6 @@ CONVDIT_INLINE Vec<float> load_column(const BlockRow& x, int row, int64_t channe
   return load((C < 0 ? x.left : C < B ? x.middle : x.right) + (row * B + column) * channels);
 }
 
-// Memory that is needed soon, fetched to the second-level cache in equal steps: all at once, the lines would hold up the loads
-// that are waited for.
-template <bool Write>
-struct Ahead {
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  const float* next;
-  int64_t lines;  // a step
-
-  Ahead(const float* from, int64_t size, int64_t steps) : next(from), lines(ceil_div(size, steps * kLine)) {}
-  CONVDIT_INLINE void step() {
-    for (int64_t i = 0; i < lines; ++i, next += kLine) __builtin_prefetch(next, Write, 2);
-  }
-};
 // The first block of x that the blocks of 8 or 4 up to `block` do not read: later blocks have later neighbours.
 inline int64_t read_until(const int32_t* neighbors, int64_t block) {
   for (int i = 8; i > 4; --i)
@@ -82,26 +70,20 @@ inline int64_t read_until(const int32_t* neighbors, int64_t block) {
   return block + 1;
 }
 
-constexpr int64_t kConvertedPerTask = 1 << 14;
-
-template <class H>
-void widen_all(const void* from, float* to, int64_t count, const Runner& run) {
-  run((count + kConvertedPerTask - 1) / kConvertedPerTask, [&](int64_t task) {
-    const int64_t first = task * kConvertedPerTask;
-    for_each_vector<float>(smaller(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
-      constexpr bool kFull = decltype(full)::value;
-      store_lanes<kFull>(to + first + i, load_lanes<kFull>(static_cast<const H*>(from) + first + i, n), n);
-    });
-  });
+// Blocks first to last - 1 of features, fetched in `steps` steps; `size`: floats a block.
+inline Ahead blocks_ahead(const float* features, int64_t first, int64_t last, int64_t size, int64_t steps) {
+  return {features + first * size, (last - first) * size * static_cast<int64_t>(sizeof(float)), steps};
 }
 
-template <class H>
-void narrow_all(const float* from, void* to, int64_t count, const Runner& run) {
-  run((count + kConvertedPerTask - 1) / kConvertedPerTask, [&](int64_t task) {
+constexpr int64_t kConvertedPerTask = 1 << 14;
+
+template <class From, class To>
+void convert_all(const From* from, To* to, int64_t count, const Runner& run) {
+  run(ceil_div(count, kConvertedPerTask), [&](int64_t task) {
     const int64_t first = task * kConvertedPerTask;
     for_each_vector<float>(smaller(kConvertedPerTask, count - first), [&](int64_t i, int64_t n, auto full) CONVDIT_FLAT {
       constexpr bool kFull = decltype(full)::value;
-      store_lanes<kFull>(static_cast<H*>(to) + first + i, load_lanes<kFull>(from + first + i, n), n);
+      store_lanes<kFull>(to + first + i, load_lanes<kFull>(from + first + i, n), n);
     });
   });
 }

@@ -62,7 +62,7 @@ CONVDIT_INLINE void add_block_row(Vec<float>* out, const BlockRow& x, int dy, in
   }
 }
 
-inline void block8(const Forward<float>& f, int64_t block, int64_t vector, Ahead<false>& next_x, Ahead<true>& next_y) {
+inline void block8(const Forward<float>& f, int64_t block, int64_t vector, Ahead& next_x, Ahead& next_y) {
   constexpr int B = 8, R = kVectorRegisters >= 32 ? 2 : 1;
   const int64_t channels = f.p.channels, channel = f.channels(vector).first;
   const float* weights = f.weight + vector * kTaps * kFloats;
@@ -106,7 +106,7 @@ CONVDIT_INLINE void tile4(const Forward<float>& f, int64_t block, int64_t vector
   unroll<Rows * B>([&]<int i>() CONVDIT_FLAT { store(y + i * channels, out[i]); });
 }
 
-inline void block4(const Forward<float>& f, int64_t block, int64_t vector, Ahead<false>& next_x, Ahead<true>& next_y) {
+inline void block4(const Forward<float>& f, int64_t block, int64_t vector, Ahead& next_x, Ahead& next_y) {
   next_x.step(), next_y.step();
   if constexpr (kVectorRegisters >= 32) {
     tile4<0, 4>(f, block, vector);
@@ -127,8 +127,7 @@ void forward_blocks(const Forward<float>& f, const Runner& run) {
     const int64_t ahead = smaller(first + run.threads * kBlocksPerTask, blocks), ahead_end = smaller(ahead + kBlocksPerTask, blocks);
     const int64_t read = read_until(f.p.neighbors, ahead - 1), until = larger(read, read_until(f.p.neighbors, ahead_end - 1));
     const int64_t steps = vectors * (end - first) * (B == 8 ? kSteps8 : 1);
-    Ahead<false> next_x(f.x + read * size, (until - read) * size, steps);
-    Ahead<true> next_y(f.y + ahead * size, (ahead_end - ahead) * size, steps);
+    Ahead next_x = blocks_ahead(f.x, read, until, size, steps), next_y = blocks_ahead(f.y, ahead, ahead_end, size, steps);
     // A vector of channels for all blocks, then the next: what neighbours share of x, and the weights, stay in the first-level cache.
     for (int64_t vector = 0; vector < vectors; ++vector)
       for (int64_t block = first; block < end; ++block) {

@@ -88,8 +88,7 @@ CONVDIT_INLINE void add_rows8(Vec<float>* total, const float* grad, const BlockR
   });
 }
 
-inline void add_block8(const WeightGrad<float>& w, int64_t block, int64_t chunk, int64_t vector, Ahead<false>& next_grad,
-                       Ahead<false>& next_x) {
+inline void add_block8(const WeightGrad<float>& w, int64_t block, int64_t chunk, int64_t vector, Ahead& next_grad, Ahead& next_x) {
   constexpr int B = 8, R = kVectorRegisters >= 32 ? 2 : 1, kRows = 4 * R;  // 4 rows a sum: those of more would lose digits
   const int64_t channels = w.p.channels, channel = w.channels(vector).first;
   const float *const grad = w.grad + block * B * B * channels + channel, *const x = w.x + channel;
@@ -127,12 +126,18 @@ void add_pairs(float* const* sums, const Pair* pairs, int count, int dy, const f
     const int shift = kh - kHalf - dy * B;  // output row r meets the input block's row r + shift
     const int top = larger(0, -shift), bottom = smaller(B - 1, B - 1 - shift);
     Vec<float> total[V * C::kCount] = {};
-    for (int i = 0; i < count; ++i) {
-      const float* g = grad + (int64_t{pairs[i].out} * B + top) * B * channels;
-      const float* in = x + (int64_t{pairs[i].in} * B + top + shift) * B * channels;
-      for (int r = top; r <= bottom; ++r, g += B * channels, in += B * channels)
-        unroll<V>([&]<int v>() CONVDIT_FLAT { C::add(total + v * C::kCount, g + v * kFloats, in + v * kFloats, channels); });
-    }
+    unroll<B>([&]<int more>() CONVDIT_FLAT {  // no loop over so few rows: its end would be mispredicted
+      if (bottom - top != more) return;
+      for (int i = 0; i < count; ++i) {
+        const float* g = grad + (int64_t{pairs[i].out} * B + top) * B * channels;
+        const float* in = x + (int64_t{pairs[i].in} * B + top + shift) * B * channels;
+        unroll<more + 1>([&]<int r>() CONVDIT_FLAT {
+          unroll<V>([&]<int v>() CONVDIT_FLAT {
+            C::add(total + v * C::kCount, g + r * B * channels + v * kFloats, in + r * B * channels + v * kFloats, channels);
+          });
+        });
+      }
+    });
     unroll<V>([&]<int v>() CONVDIT_FLAT {
       unroll<C::kCount>([&]<int k>() CONVDIT_FLAT { add_to(sums[v] + (kh * kSide + C::kLeft + k) * kFloats, total[v * C::kCount + k]); });
     });
@@ -171,7 +176,7 @@ void add_pairs2(float* const* sums, const Pair* pairs, int count, const float* g
 // A group of output blocks, and its pairs by the offset of their neighbours.
 template <int B>
 struct Group {
-  static constexpr int kRadius = (kHalf + B - 1) / B, kAround = 2 * kRadius + 1, kBlocks = B == 4 ? 4 : 8;
+  static constexpr int kRadius = (kHalf + B - 1) / B, kAround = 2 * kRadius + 1, kBlocks = B == 4 ? 4 : 16;
   Pair pairs[kAround * kAround][kBlocks];
   int count[kAround * kAround];
   int64_t first, blocks;
@@ -190,15 +195,12 @@ struct Group {
 };
 
 template <int V, int B>
-void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk, int64_t vector) {
+void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk, int64_t vector, Ahead& next_grad, Ahead& next_x) {
   using G = Group<B>;
   const int64_t channels = w.p.channels, channel = w.channels(vector).first;
   const float *grad = w.grad + channel, *x = w.x + channel;
   float* sums[V];
-  for (int v = 0; v < V; ++v) {
-    sums[v] = w.sums(chunk, vector + v);
-    add_bias_sums(sums[v] + kTaps * kFloats, grad + group.first * B * B * channels + v * kFloats, group.blocks * B * B, channels, kFloats);
-  }
+  for (int v = 0; v < V; ++v) sums[v] = w.sums(chunk, vector + v);
   if constexpr (B == 2) {
     unroll<G::kAround * G::kAround>([&]<int k>() CONVDIT_FLAT {
       if (group.count[k] > 0)
@@ -208,9 +210,12 @@ void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk,
     for (int dy = -1; dy <= 1; ++dy)
       unroll<3>([&]<int dx>() CONVDIT_FLAT {
         const int k = (dy + 1) * 3 + dx;
+        next_grad.step(V), next_x.step(V);
         if (group.count[k] > 0) add_pairs<V, B, dx - 1>(sums, group.pairs[k], group.count[k], dy, grad, x, channels);
       });
   }
+  for (int v = 0; v < V; ++v)  // last, when the products have brought the gradients close
+    add_bias_sums(sums[v] + kTaps * kFloats, grad + group.first * B * B * channels + v * kFloats, group.blocks * B * B, channels, kFloats);
 }
 
 constexpr int64_t kVectorsPerTask = 8;
@@ -226,20 +231,23 @@ void weight_grad_blocks(const WeightGrad<float>& w, const Runner& run) {
     float* sums = w.sums(chunk, first);
     for (int64_t i = 0; i < (end - first) * (kTaps + 1) * kFloats; ++i) sums[i] = 0;
     const int64_t begin = smaller(chunk * per_chunk, blocks), last = smaller(begin + per_chunk, blocks);
-    if constexpr (B == 8) {
-      for (int64_t block = begin; block < last; ++block) {
-        const int64_t next = smaller(block + 1, blocks - 1), steps = (end - first) * kSide;
-        const int64_t read = read_until(w.p.neighbors, block), until = larger(read, read_until(w.p.neighbors, next));
-        Ahead<false> next_grad(w.grad + next * size, size, steps), next_x(w.x + read * size, (until - read) * size, steps);
-        for (int64_t vector = first; vector < end; ++vector) add_block8(w, block, chunk, vector, next_grad, next_x);
+    constexpr int64_t kBlocks = B == 8 ? 1 : Group<B>::kBlocks;
+    for (int64_t block = begin; block < last; block += kBlocks) {
+      const int64_t block_end = smaller(block + kBlocks, last), next_end = smaller(block_end + kBlocks, blocks);
+      Ahead next_grad, next_x;
+      if constexpr (B == 8) {
+        const int64_t read = read_until(w.p.neighbors, block_end - 1), until = larger(read, read_until(w.p.neighbors, next_end - 1));
+        const int64_t steps = (end - first) * (B == 8 ? kSide : Group<B>::kAround * Group<B>::kAround);
+        next_grad = blocks_ahead(w.grad, block_end, next_end, size, steps), next_x = blocks_ahead(w.x, read, until, size, steps);
       }
-    } else {
-      Group<B> group;
-      for (int64_t block = begin; block < last; block += Group<B>::kBlocks) {
-        group.list(w.p.neighbors, block, smaller(block + Group<B>::kBlocks, last));
+      if constexpr (B == 8) {
+        for (int64_t vector = first; vector < end; ++vector) add_block8(w, block, chunk, vector, next_grad, next_x);
+      } else {
+        Group<B> group;
+        group.list(w.p.neighbors, block, block_end);
         int64_t vector = first;
-        for (; vector + V <= smaller(end, full); vector += V) add_group<V>(w, group, chunk, vector);
-        for (; vector < end; ++vector) add_group<1>(w, group, chunk, vector);
+        for (; vector + V <= smaller(end, full); vector += V) add_group<V>(w, group, chunk, vector, next_grad, next_x);
+        for (; vector < end; ++vector) add_group<1>(w, group, chunk, vector, next_grad, next_x);
       }
     }
   });

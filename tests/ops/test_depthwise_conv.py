@@ -57,6 +57,8 @@ CASES += [
     conv_case(2, 7, 8, 20, bias=False, name="without bias"),
     conv_case(3, 7, 7, 520, name="a narrow image in two parts of its sum"),
     conv_case(3, 5, 6, 520, name="a narrow image in two parts of its sum"),
+    conv_case(1, 16, 9, 1240, name="so wide that its channels are taken in groups"),
+    norm_case(1, 16, 9, 1240, name="so wide that its channels are taken in groups"),
     norm_case(1, 8, 8, 96, name="large mean", offset=100.0),
     norm_case(5, 8, 7, 72, name="large mean, tiles", offset=100.0),
     conv_case(2, 8, 8, 40, name="small values", scale=1e-4),
