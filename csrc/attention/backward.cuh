@@ -22,7 +22,8 @@ struct BackwardPlan {
   static constexpr int kOwn = kOwnKeys * kWidth, kKept = (kKeysInTile + kValuesInTile) * kOwn;
   static_assert((2 - kKeysInTile - kValuesInTile) * kOwn <= kStage, "what registers keep comes in through a stage");
   static constexpr int kStatisticsBytes = 2 * kStep * static_cast<int>(sizeof(float));
-  static constexpr int kBytesOfKeys = (3 * kStage + kKept) * kSize + kStatisticsBytes, kBytesOfQueries = 2 * kKeyStage * kSize;
+  static constexpr int kBytesOfKeys = (3 * kStage + kKept) * kSize + kStatisticsBytes,
+                       kBytesOfQueries = 2 * kKeyStage * kSize + kQueries * 4;
   static constexpr int kSharedBytes = kBytesOfKeys > kBytesOfQueries ? kBytesOfKeys : kBytesOfQueries;
   static_assert(kSharedBytes <= 99 * 1024);
 };
@@ -49,6 +50,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
   constexpr int row_tiles = Plan::kQueryTiles;
   extern __shared__ __align__(16) unsigned char shared[];
   T* const stages = reinterpret_cast<T*>(shared);
+  int* const nearly_all = reinterpret_cast<int*>(stages + 2 * Plan::kKeyStage);  // of each row that key, or -1
   const Matrices<kWidth> matrices;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_row = warp * row_tiles * kMma;
   const uint32_t stage_0 = shared_address(shared), own_rows = stage_0 + own_row * Plan::kRowBytes;
@@ -71,6 +73,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m) add_diagonal<T>(delta[m], grad, m, matrices, own_rows + stage_bytes + m * kMma * Plan::kRowBytes);
   };
+  if (lane < row_tiles * kMma) nearly_all[own_row + lane] = -1;
   load_own(0, back.grad);
   load_own(1, {head.out.first, head.out.stride});
   wait_copies<0>();
@@ -89,7 +92,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + own_row + m * kMma + half * 8 + lane / 4;
-      log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first : 0.f;
+      log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first : INFINITY;  // of no row a weight is 0
     }
   __syncthreads();
   load_own(1, head.q);
@@ -102,9 +105,6 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
   float sums[row_tiles][kWidth / 8][4];
   clear(sums);
   float others[row_tiles][2] = {};  // the sum of g, without that of the key which has nearly all weight
-  int nearly_all[row_tiles][2];     // that key, or -1
-#pragma unroll
-  for (int m = 0; m < row_tiles; ++m) nearly_all[m][0] = nearly_all[m][1] = -1;
   const bool has_rows = first + own_row < head.tokens;  // the same for the whole warp
   const int tiles = (head.tokens + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
@@ -154,8 +154,10 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
           for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              if (scores[m][n][i] > kNearlyAll)
-                nearly_all[m][i / 2] = tile * kKeys + key + n * 8 + lane % 4 * 2 + i % 2, grads[m][n][i] = 0;
+              if (scores[m][n][i] > kNearlyAll) {
+                nearly_all[own_row + m * kMma + i / 2 * 8 + lane / 4] = tile * kKeys + key + n * 8 + lane % 4 * 2 + i % 2;
+                grads[m][n][i] = 0;
+              }
       }
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m)
@@ -171,6 +173,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
   }
 
   if (has_rows) {
+    __syncwarp();  // the keys with nearly all weight are there
     float factors[row_tiles][2];
 #pragma unroll
     for (int m = 0; m < row_tiles; ++m)
@@ -178,10 +181,9 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
       for (int half = 0; half < 2; ++half) {
         factors[m][half] = scale;
         float& sum = others[m][half];
-        int& key = nearly_all[m][half];
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2)
-          sum += __shfl_xor_sync(0xffffffffu, sum, step), key = max(key, __shfl_xor_sync(0xffffffffu, key, step));
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const int key = nearly_all[own_row + m * kMma + half * 8 + lane / 4];
         if (key < 0) continue;
         const T* const row = head.k.from(key).first + lane % 4 * 2;
 #pragma unroll
