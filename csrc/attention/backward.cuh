@@ -92,7 +92,7 @@ __device__ __forceinline__ void backward_queries_mma(const HeadBackward<T>& back
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + own_row + m * kMma + half * 8 + lane / 4;
-      log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first : 0.f;
+      log_sum_exp[m][half] = row < head.tokens ? *head.log_sum_exp.from(row).first : INFINITY;  // of no row a weight is 0
     }
   __syncthreads();
   load_own(1, head.q);

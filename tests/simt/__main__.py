@@ -26,7 +26,8 @@ QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or h
 
 # For mutants of attention: a width of each kind of kernel, and tokens for one tile and a bit more.
 FEW_TESTS = {
-    "attention": "scores_far or nearly_cancel or (equals_reference or error_rule) and (3x7 or 2x9 or 2x33 or 2x66 or 2x63 or 2x64)"
+    "attention": "scores_far or nearly_cancel"
+    " or (equals_reference or error_rule) and (3x7 or 2x9 or 2x33 or 2x66 or 2x63 or 2x64)"
 }
 
 

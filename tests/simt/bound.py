@@ -1,10 +1,10 @@
 """From the executor's counters to a time that no GPU can beat with these kernels: a bound, not a measurement.
 
 Each operator runs on the executor at two small batches, forward and backward. What its launches do is a line in the
-batch, and is taken at the listed batch (where it is no line, as of a sum in parts, that batch itself runs). A launch takes at least as long as the slowest of: bytes that must move once,
-at the rate of the GPU's memory; sectors, at that of L2; wavefronts of shared memory; instructions, by kind. Launches
-add up. Beside it the floor, which no kernel can beat: the operator's tensors moved once, or its arithmetic at the
-GPU's peak.
+batch, and is taken at the listed batch (where it is no line, as of a sum in parts, that batch itself runs). A launch
+takes at least as long as the slowest of: bytes that must move once, at the rate of the GPU's memory; sectors, at that
+of L2; wavefronts of shared memory; instructions, by kind. Launches add up. Beside it the floor,
+which no kernel can beat: the operator's tensors moved once, or its arithmetic at the GPU's peak.
 
 PTX stands in for the machine's instructions: those that ptxas drops (moves, conversions of pointers, reads of
 parameters) are left out, others it may fold or add. Latency, launches, clocks below the peak and an L2 that keeps a
@@ -108,8 +108,9 @@ def cost_of(launch: dict, code: dict) -> Cost:
 
 @dataclass
 class Operator:
-    """`make(n)` gives a function and its inputs for a batch of n, for n of `small`: two, or `batch`, which the report is of.
+    """`make(n)` gives a function and its inputs for a batch of n, for n of `small`; the report is of `batch`.
 
+    `small`: two batches, or `batch` alone.
     Floors of forward and backward, at a batch of one: `bytes`; `products`, float32 multiply-adds or, where `matrix`,
     those of matrix products of halves; `exponentials`.
     """

@@ -10,7 +10,7 @@ from tests.ops import harness
 @pytest.mark.parametrize("dtype", harness.LOW_DTYPES, ids=str)
 @pytest.mark.parametrize("seed", [0, 2])
 def test_error_rule_of_gradients_that_nearly_cancel(seed, dtype):
-    # Values near 30 and a weight within 1e-4 of 1: its g, a difference of numbers near 100 taken in float32, would be noise.
+    # Values near 30, a weight within 1e-4 of 1: its g, a difference of numbers near 100 in float32, would be noise.
     generator = torch.Generator().manual_seed(seed)
     qkv = (torch.randn(2, 80, 3 * 2 * 16, generator=generator) + 30).to(dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
