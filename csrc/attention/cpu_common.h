@@ -6,7 +6,7 @@
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
-constexpr int64_t kMostKeys = 256;               // of a block,
+constexpr int64_t kMostKeys = kVectorBytes >= 32 ? 256 : 128;  // of a block: fewer where products round too,
 constexpr int64_t kBlockFloats = 1 << 16;        // and at most so many values, where heads are wide
 constexpr int64_t kScoreStep = kMostKeys + 16;   // rows of a tile fall into different sets of the cache
 constexpr int64_t kSmallestShare = 1 << 18;      // multiply-adds that are worth another thread

@@ -10,7 +10,7 @@ from tests.ops import harness
 from tests.ops.test_attention import packed_case, plain_attention
 
 # Blocks of keys, none of them full, of heads that fill vectors, and do not, or are so wide that blocks are short.
-SEVERAL_BLOCKS = [packed_case(1, t, 1, d) for t, d in [(257, 64), (520, 24), (530, 33), (300, 300)]]
+SEVERAL_BLOCKS = [packed_case(1, t, 1, d) for t, d in [(257, 64), (600, 24), (530, 33), (300, 300)]]
 LARGE_SCORES = [packed_case(1, t, 2, 16, scale=10.0) for t in (40, 600)]
 LARGE_MEAN = packed_case(2, 40, 2, 16, offset=30.0)
 
