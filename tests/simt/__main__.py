@@ -24,10 +24,10 @@ from . import build, code, mutants, summary
 ROOMS = sorted(p.parent.name for p in (build.ROOT / "csrc").glob("*/cuda.cu"))
 QUICK_TESTS = "equals_reference or error_rule or any_strides or every_width or halves or changes_nothing"
 
-# For mutants of attention: a width of each kind of kernel, and tokens for one tile and a bit more.
+# For mutants of attention: a width of each kind of kernel, tokens for a tile and a bit more, or several parts.
 FEW_TESTS = {
     "attention": "scores_far or nearly_cancel"
-    " or (equals_reference or error_rule) and (3x7 or 2x9 or 2x33 or 2x66 or 2x63 or 2x64)"
+    " or (equals_reference or error_rule) and (3x7 or 2x9 or 2x33 or 2x66 or 2x63 or 2x64 or 2x130)"
 }
 
 
