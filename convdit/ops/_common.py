@@ -75,12 +75,16 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether x and a weight are float32 on the CPU, outside autocast and torch.compile: nothing is to be cast."""
+def is_plain(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether x and a weight are float32, and all on the CPU, outside autocast and torch.compile: the operators look at
+    the rest. They would not see a tensor on meta: PyTorch then calls what gives shapes alone.
+    """
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return False
-    plain = isinstance(x, Tensor) and isinstance(weight, Tensor) and x.is_cpu
-    return plain and x.dtype is torch.float32 is weight.dtype
+    for t in others:
+        if t is not None and not t.is_cpu:
+            return False
+    return x.is_cpu and weight.is_cpu and x.dtype is torch.float32 is weight.dtype
 
 
 def in_transform() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import Function, check_floating, is_plain, library, needs_grad, register_vmap
+from ._common import Function, check_device, check_floating, check_tensor, is_plain, library, needs_grad, register_vmap
 from .adaln import gated_residual, layer_norm_modulate
 from .attention import packed_attention
 from .linear import linear
@@ -50,14 +50,14 @@ def adaln_zero_attention(
 
     Source: Peebles & Xie 2023, section 3.2, adaLN-Zero block.
     """
-    if is_plain(x, qkv_weight):  # the operator looks at the rest
-        given = (x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias)
-        try:
+    given = (x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    try:  # the operator looks at the arguments
+        if is_plain(x, qkv_weight, *given):
             if needs_grad(*given):
                 return _AdalnZeroAttention.shown(*given, num_heads, eps)[0]
             return library.adaln_zero_attention_fwd.default(*given, num_heads, eps)
-        except (RuntimeError, AttributeError):
-            pass  # an argument to be cast, or an error, to be told by the parts
+    except (RuntimeError, AttributeError):
+        pass  # an argument to be cast, or an error, to be told by the parts
     check_floating("x", x)
     check_floating("modulation", modulation)
     expected = (x.shape[0], 3, x.shape[-1])
@@ -65,6 +65,11 @@ def adaln_zero_attention(
         raise ValueError(f"x: expected shape (B, T, D), got {tuple(x.shape)}")
     if tuple(modulation.shape) != expected:
         raise ValueError(f"modulation: expected shape {expected}, got {tuple(modulation.shape)}")
+    names = ("modulation", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+    for name, value in zip(names, given[1:], strict=True):
+        if value is not None:
+            check_tensor(name, value)
+            check_device(name, value, x)
     shift, scale, gate = modulation.unbind(1)
     attended = packed_attention(linear(layer_norm_modulate(x, shift, scale, eps), qkv_weight, qkv_bias), num_heads)
     return gated_residual(x, linear(attended, proj_weight, proj_bias), gate)

@@ -85,11 +85,11 @@ def convnext_block(
         pwconv2_weight,
         pwconv2_bias,
     )
-    if is_plain(x, pwconv1_weight):  # the operators look at the rest; asking here too takes as long as they do
-        try:
+    try:  # the operators look at the arguments; asking here first takes as long as they do
+        if is_plain(x, pwconv1_weight, *given):
             return _block(x, given, eps)
-        except (RuntimeError, AttributeError):
-            pass  # a parameter to be cast, or an error, to be told in terms of this function's arguments
+    except (RuntimeError, AttributeError):
+        pass  # a parameter to be cast, or an error, to be told in terms of this function's arguments
     _check(x, given)
     branch = autocast(x).dtype
     if x.device.type != "cpu" or branch != x.dtype != torch.float32:

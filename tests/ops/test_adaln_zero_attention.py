@@ -90,6 +90,17 @@ def test_parameters_of_another_dtype_go_by_the_parts():
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", ["modulation", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_argument_on_meta_is_refused(wrong, grad):
+    names = ("x", "modulation", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
+    args = dict(zip(names, harness.inputs(SMALL, torch.float32, requires_grad=grad), strict=True))
+    with pytest.raises(RuntimeError, match=rf"{wrong}: expected the device of x \(cpu\), got meta"):
+        ops.adaln_zero_attention(**args | {wrong: args[wrong].to("meta")}, **SMALL.kwargs)
+    with pytest.raises(TypeError, match=f"{wrong}: expected a tensor, got str"):
+        ops.adaln_zero_attention(**args | {wrong: "weight"}, **SMALL.kwargs)
+
+
 def test_opcheck():
     args = (*harness.inputs(SMALL, torch.float32), 3, 1e-6)
     for operator in FUSED:

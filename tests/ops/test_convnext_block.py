@@ -345,5 +345,13 @@ def test_bad_arguments_are_named(name, change, error, message, grad):
         ops.convnext_block(**args)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_on_meta_is_refused(name, grad):
+    args = dict(zip(("x", *NAMES), harness.inputs(SMALL, torch.float32, requires_grad=grad), strict=True))
+    with pytest.raises(ValueError, match=rf"{name}: expected the device of x \(cpu\), got meta"):
+        ops.convnext_block(**args | {name: args[name].to("meta")})
+
+
 def test_every_cpu_level():
     harness.assert_every_cpu_level(__file__, "equals_reference or error_rule")
