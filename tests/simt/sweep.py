@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import time
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     _, mutants = mutated_tree(room)
     share, shares = map(int, os.environ.get("SIMT_SHARE", "0/1").split("/"))
     known, listed = equivalent(room), bool(os.environ.get("SIMT_EQUIVALENT"))
-    mutants = [m for m in mutants if m.key() in known or not listed][share::shares]
+    mutants = [m for m in mutants if m.key() in known or not listed]
+    mutants = [m for m in mutants if re.search(os.environ.get("SIMT_MUTANTS", ""), str(m))][share::shares]
     print()
     items, failing = quick_tests(session)
     unbroken = dict(launches=library.launches, findings=len(library.findings()))
