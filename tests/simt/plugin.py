@@ -5,6 +5,7 @@ Loaded by `python -m tests.simt operators`, which sets CONVDIT_LIBRARY_DIR. A fi
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -46,7 +47,8 @@ def take_cpu_tensors_for_cuda() -> None:
     from convdit.ops import attention, linear
 
     attention.KEEP_REST.append("cpu")
-    linear.HERE = False  # its product is of the CPU's kernels
+    linear.HERE = False  # its product is of the CPU's kernels, and so is the operator of the attention half-block
+    importlib.import_module("convdit.ops.adaln_zero_attention").is_plain = lambda *_: False
 
 
 def pytest_configure(config: pytest.Config) -> None:
