@@ -345,6 +345,11 @@ def test_bad_arguments_are_named(name, change, error, message, grad):
         ops.convnext_block(**args)
 
 
+def test_eager_autograd_sees_no_output_that_only_the_backward_uses():
+    out = ops.convnext_block(*harness.inputs(SMALL, torch.float32, requires_grad=True))
+    assert len(out.grad_fn._input_metadata) == 1
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_parameter_on_meta_is_refused(name, grad):
