@@ -55,6 +55,7 @@ PACKED = [
     packed_case(2, 65, 6, 64),
     packed_case(3, 7, 2, 5, "odd width"),
     packed_case(1, 300, 1, 72, "one head"),
+    packed_case(1, 70, 1, 16, "one head"),
     packed_case(2, 1, 3, 8, "one token"),
     packed_case(2, 33, 4, 1, "width 1"),
     packed_case(2, 9, 2, 16, "scale", scale=0.3),
