@@ -195,7 +195,7 @@ struct Group {
 };
 
 template <int V, int B>
-void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk, int64_t vector, Ahead& next_grad, Ahead& next_x) {
+void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk, int64_t vector) {
   using G = Group<B>;
   const int64_t channels = w.p.channels, channel = w.channels(vector).first;
   const float *grad = w.grad + channel, *x = w.x + channel;
@@ -210,7 +210,6 @@ void add_group(const WeightGrad<float>& w, const Group<B>& group, int64_t chunk,
     for (int dy = -1; dy <= 1; ++dy)
       unroll<3>([&]<int dx>() CONVDIT_FLAT {
         const int k = (dy + 1) * 3 + dx;
-        next_grad.step(V), next_x.step(V);
         if (group.count[k] > 0) add_pairs<V, B, dx - 1>(sums, group.pairs[k], group.count[k], dy, grad, x, channels);
       });
   }
@@ -233,21 +232,19 @@ void weight_grad_blocks(const WeightGrad<float>& w, const Runner& run) {
     const int64_t begin = smaller(chunk * per_chunk, blocks), last = smaller(begin + per_chunk, blocks);
     constexpr int64_t kBlocks = B == 8 ? 1 : Group<B>::kBlocks;
     for (int64_t block = begin; block < last; block += kBlocks) {
-      const int64_t block_end = smaller(block + kBlocks, last), next_end = smaller(block_end + kBlocks, blocks);
-      Ahead next_grad, next_x;
+      const int64_t block_end = smaller(block + kBlocks, last);
       if constexpr (B == 8) {
-        const int64_t read = read_until(w.p.neighbors, block_end - 1), until = larger(read, read_until(w.p.neighbors, next_end - 1));
-        const int64_t steps = (end - first) * (B == 8 ? kSide : Group<B>::kAround * Group<B>::kAround);
-        next_grad = blocks_ahead(w.grad, block_end, next_end, size, steps), next_x = blocks_ahead(w.x, read, until, size, steps);
-      }
-      if constexpr (B == 8) {
+        const int64_t next_end = smaller(block_end + kBlocks, blocks), read = read_until(w.p.neighbors, block_end - 1);
+        const int64_t until = larger(read, read_until(w.p.neighbors, next_end - 1));
+        const int64_t steps = (end - first) * kSide;
+        Ahead next_grad = blocks_ahead(w.grad, block_end, next_end, size, steps), next_x = blocks_ahead(w.x, read, until, size, steps);
         for (int64_t vector = first; vector < end; ++vector) add_block8(w, block, chunk, vector, next_grad, next_x);
       } else {
         Group<B> group;
         group.list(w.p.neighbors, block, block_end);
         int64_t vector = first;
-        for (; vector + V <= smaller(end, full); vector += V) add_group<V>(w, group, chunk, vector, next_grad, next_x);
-        for (; vector < end; ++vector) add_group<1>(w, group, chunk, vector, next_grad, next_x);
+        for (; vector + V <= smaller(end, full); vector += V) add_group<V>(w, group, chunk, vector);
+        for (; vector < end; ++vector) add_group<1>(w, group, chunk, vector);
       }
     }
   });
