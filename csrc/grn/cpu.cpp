@@ -337,15 +337,25 @@ void backward(const GrnBackward& p, const Runner& run) {
         // The first pass' sums have served: their place takes the sums of grad_x.
         apply_backward<Act, kKeep>(p, t, kept, ImageGradients<A>(by_image, t.image, channels), sums + 2 * number * channels);
       });
-  const auto add_up = [&](const A* parts, int64_t count, int64_t stride, void* to) {
-    A* result = static_cast<A*>(to);
-    sum_tiles(parts, count, stride, channels, [&](int64_t c, const double* total, int n) {
-      for (int i = 0; i < n; ++i) result[c + i] = (p.add ? result[c + i] : 0) + static_cast<A>(total[i]);
-    });
+  // What the parameters' gradients sum up, shared out by channels.
+  struct Sum {
+    const A* parts;
+    int64_t count, stride;
+    void* to;
   };
-  add_up(by_image + 2 * channels, p.images, 4 * channels, p.grad_weight);
-  add_up(by_image + 3 * channels, p.images, 4 * channels, p.grad_bias);
-  if (kShifted) add_up(sums, tiles, 2 * channels, p.grad_shift);
+  const Sum totals[] = {{by_image + 2 * channels, p.images, 4 * channels, p.grad_weight},
+                        {by_image + 3 * channels, p.images, 4 * channels, p.grad_bias},
+                        {sums, tiles, 2 * channels, p.grad_shift}};
+  constexpr int64_t kSlice = 8 * kChunk;
+  const int64_t slices = (channels + kSlice - 1) / kSlice;
+  run((kShifted ? 3 : 2) * slices, [&](int64_t task) {
+    const Sum& total = totals[task / slices];
+    const int64_t first = task % slices * kSlice, count = channels - first < kSlice ? channels - first : kSlice;
+    A* result = static_cast<A*>(total.to) + first;
+    sum_tiles(total.parts + first, total.count, total.stride, count, [&](int64_t c, const double* values, int n) {
+      for (int i = 0; i < n; ++i) result[c + i] = (p.add ? result[c + i] : 0) + static_cast<A>(values[i]);
+    });
+  });
 }
 
 template <class T>
