@@ -1,9 +1,10 @@
 """The ConvNeXt V2 block as one operator.
 
 Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders" (2023), figure 5.
-The CPU takes the batch a few images at a time through one set of scratch tensors: the hidden tensor, four times as
-wide as the map, stays in cache. With gradients it is kept once, as the first pointwise layer leaves it; the backward
-computes the rest of the hidden tensors again. On other devices the block is its parts, each with its own backward.
+The CPU takes the batch a few images at a time through one set of scratch tensors, or through one a thread where each
+has images of its own: the hidden tensor, four times as wide as the map, stays in cache. With gradients it is kept
+once, as the first pointwise layer leaves it; the backward computes the rest of the hidden tensors again. On other
+devices the block is its parts, each with its own backward.
 """
 
 from __future__ import annotations

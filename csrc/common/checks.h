@@ -162,8 +162,23 @@ Tensor view_of(const Tensor& t, const int64_t (&sizes)[N], const int64_t (&strid
   return Tensor(handle);
 }
 
+// While one lives, this thread is one of several that each take a share of an operator through all its steps: its kernels start no
+// threads of their own, as PyTorch's operators start none inside parallel_for.
+class OneOfSeveral {
+ public:
+  OneOfSeveral() : before_(here) { here = true; }
+  ~OneOfSeveral() { here = before_; }
+  OneOfSeveral(const OneOfSeveral&) = delete;
+  OneOfSeveral& operator=(const OneOfSeveral&) = delete;
+  static inline thread_local bool here = false;
+
+ private:
+  bool before_;
+};
+
 // CPU threads: PyTorch's own, as many as torch.get_num_threads() says; tasks are pulled from a counter.
 inline Runner torch_runner() {
+  if (OneOfSeveral::here) return {nullptr, 1};
   Runner runner;
   runner.threads = torch::stable::get_num_threads();
   runner.run = [](int64_t tasks, Runner::Body body, const void* closure) {

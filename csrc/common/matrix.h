@@ -35,18 +35,20 @@ struct Matrix {
   void* place() const { return static_cast<char*>(memory.mutable_data_ptr()) + offset * memory.element_size(); }
 };
 
-// Arrays of one dtype in one allocation, which takes as long as a small kernel: all are reserved first.
+// Arrays of one dtype in one allocation, which takes as long as a small kernel: all are reserved first. Several threads may each
+// have a copy of them.
 struct Scratch {
   std::optional<Tensor> memory;
-  int64_t size = 0;
+  int64_t size = 0, base = 0;  // base: of the copy
 
   int64_t reserve(int64_t count) {  // its place; on a cache line of its own
     const int64_t at = size;
     size += (count + 31) / 32 * 32;
     return at;
   }
-  void allocate(ScalarType dtype, const Tensor& like) { memory = convdit::allocate({size}, dtype, like); }
-  Matrix matrix(int64_t at, int64_t rows, int64_t columns) const { return {*memory, rows, columns, at}; }
+  void allocate(ScalarType dtype, const Tensor& like, int64_t copies = 1) { memory = convdit::allocate({copies * size}, dtype, like); }
+  void take_copy(int64_t i) { base = i * size; }
+  Matrix matrix(int64_t at, int64_t rows, int64_t columns) const { return {*memory, rows, columns, base + at}; }
   void* place(int64_t at) const { return matrix(at, 0, 0).place(); }
 };
 

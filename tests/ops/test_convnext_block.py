@@ -185,6 +185,39 @@ def test_repeats_bitwise(case, threads):
         torch.set_num_threads(before)
 
 
+# Large enough for each thread to take images through by itself: one at a time, folded; several; an odd number; in the
+# backward one sum a thread or sums of several parts.
+SHARED = [
+    block_case(8, 30, 29, 12, label="folded"),
+    block_case(8, 14, 13, 20, label="several images a part"),
+    block_case(9, 16, 16, 24, label="odd"),
+    block_case(8, 21, 20, 9, label="several parts a thread", hidden=1000, kernel=3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_threads_that_share_out_images_equal_one(case, dtype):
+    before = torch.get_num_threads()
+    results = []
+    args, leaves = harness.inputs(case, dtype), harness.inputs(case, dtype, requires_grad=True)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                inference = case.op(*args)
+                assert torch.equal(inference, case.op(*args))
+            (value, gradients), (other, others) = (harness.run(case.op, case, leaves) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip([*value, *gradients], [*other, *others], strict=True))
+            results.append([inference, *value, *gradients])
+    finally:
+        torch.set_num_threads(before)
+    rounding = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    for got in results[1:]:
+        for g, e in zip(got, results[0], strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=rounding * e.abs().max().item())
+
+
 def test_compiles_without_a_graph_break():
     harness.assert_compiles(SMALL)
     args = harness.inputs(SMALL, torch.float32)
