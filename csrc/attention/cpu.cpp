@@ -21,9 +21,9 @@ void dispatch_backward(const AttentionBackward& b, const Runner& run) {
 }
 
 int64_t forward_scratch(const Attention& p, int64_t threads) {
-  return useful_threads(p, threads) * ForwardLayout(p, largest_part(query_parts(p, threads))).floats;
+  return useful_threads(p, threads) * ForwardLayout(p, largest_part(query_parts(p, threads))).size;
 }
-int64_t backward_scratch(const Attention& p, int64_t threads) { return useful_threads(p, threads) * BackwardLayout(p).floats; }
+int64_t backward_scratch(const Attention& p, int64_t threads) { return useful_threads(p, threads) * BackwardLayout(p).size; }
 
 }  // namespace
 

@@ -14,11 +14,11 @@ struct BackwardLayout : Layout {
   explicit BackwardLayout(const Attention& p)
       : blocks(key_blocks(p)), query_blocks(p.tokens, kQueryBlock), width(round_up(p.head_dim, kFloats)) {
     const int64_t most = largest_part(blocks), most_queries = largest_part(query_blocks), panels = round_up(p.head_dim, kColumns);
-    keys = take(most * p.head_dim), values = take(most * p.head_dim), key_rows = take(most * panels);
-    query_rows = take(most_queries * panels), grad_rows = take(most_queries * panels);
-    queries = take(kTurnedRows * p.head_dim), grads = take(kTurnedRows * p.head_dim);
-    weights = take(most_queries * kScoreStep), slopes = take(most_queries * kScoreStep), delta = take(p.tokens);
-    grad_q = take(p.tokens * width), grad_k = take(most * width), grad_v = take(most * width);
+    keys = reserve(most * p.head_dim), values = reserve(most * p.head_dim), key_rows = reserve(most * panels);
+    query_rows = reserve(most_queries * panels), grad_rows = reserve(most_queries * panels);
+    queries = reserve(kTurnedRows * p.head_dim), grads = reserve(kTurnedRows * p.head_dim);
+    weights = reserve(most_queries * kScoreStep), slopes = reserve(most_queries * kScoreStep), delta = reserve(p.tokens);
+    grad_q = reserve(p.tokens * width), grad_k = reserve(most * width), grad_v = reserve(most * width);
   }
 };
 
@@ -163,7 +163,7 @@ struct Backward {
 
   void operator()() const {
     const int64_t tasks = p.batch * p.heads * (parts == 1 ? 1 : 2 * parts);
-    run_in_scratch(p, run, tasks, useful_threads(p, run.threads), at.floats, [&](int64_t number, int64_t upcoming, float* scratch) {
+    run_in_scratch(p, run, tasks, useful_threads(p, run.threads), at.size, [&](int64_t number, int64_t upcoming, float* scratch) {
       const Task next = task(upcoming);
       const int64_t rows = upcoming < tasks ? smaller(at.blocks[0].last, next.keys.last - next.keys.first) : 0;
       compute(task(number), {{queries_of(next) + step + next.keys.first * p.token_stride, p.token_stride, rows, d}, step}, scratch);

@@ -1,7 +1,9 @@
-// What both passes of attention on the CPU share: blocks of keys, scratch, the exponential, and asking for memory ahead of its use.
+// What both passes of attention on the CPU share: products of small matrices that lie in the caches, blocks of keys, scratch, the
+// exponential, and asking for memory ahead of its use.
 #pragma once
 #include "attention/attention.h"
-#include "attention/tile.h"
+#include "common/layout.h"
+#include "common/tile.h"
 
 namespace convdit::CONVDIT_LEVEL {
 namespace {
@@ -10,6 +12,39 @@ constexpr int64_t kMostKeys = kVectorBytes >= 32 ? 256 : 128;  // of a block: fe
 constexpr int64_t kBlockFloats = 1 << 16;        // and at most so many values, where heads are wide
 constexpr int64_t kScoreStep = kMostKeys + 16;   // rows of a tile fall into different sets of the cache
 constexpr int64_t kSmallestShare = 1 << 18;      // multiply-adds that are worth another thread
+constexpr int64_t kTurnedRows = round_up(kRows, kFloats);  // of a left-hand matrix that turn() has packed
+
+// n things in equal parts of at most `most`, cut at multiples of `unit`, which divides `most`.
+struct Cut {
+  int64_t n, parts, unit, units;
+  constexpr Cut(int64_t total, int64_t most, int64_t of = 1)
+      : n(total), parts(ceil_div(ceil_div(total, of), most / of)), unit(of), units(ceil_div(total, of)) {}
+  Range operator[](int64_t i) const {
+    const Range r = part_of(units, parts, i);
+    return {r.first * unit, smaller(r.last * unit, n)};
+  }
+};
+
+// c = a b, or c + a b, of one panel.
+template <int Rows, int Vectors, int64_t RowStep>
+void tile(const float* a, int64_t step, const float* b, int64_t depth, bool add, float* c, int64_t c_step) {
+  sum_tile<Rows, Vectors, RowStep>(a, step, b, depth, [&](auto row, auto vector, Vec<float> sum) CONVDIT_FLAT {
+    float* to = c + row.value * c_step + vector.value * kFloats;
+    store(to, add ? load(to) + sum : sum);
+  });
+}
+
+// At most kRows rows of c, round_up(columns, kFloats) wide, from all panels of b. Calls between(panel, panels) before each.
+template <int64_t RowStep, class F>
+void multiply(int64_t rows, const float* a, int64_t step, const float* b, int64_t depth, int64_t columns, bool add, float* c,
+              int64_t c_step, const F& between) {
+  const auto wide = tile_of(rows, []<int Rows>() { return tile<Rows, 2, RowStep>; });
+  const auto narrow = tile_of(rows, []<int Rows>() { return tile<Rows, 1, RowStep>; });
+  for (int64_t column = 0; column < columns; column += kColumns, b += depth * kColumns) {
+    between(column / kColumns, ceil_div(columns, kColumns));
+    (columns - column > kFloats ? wide : narrow)(a, step, b, depth, add, c + column, c_step);
+  }
+}
 
 Cut key_blocks(const Attention& p) {
   const int64_t fitting = kBlockFloats / p.head_dim / kColumns * kColumns;
@@ -17,16 +52,6 @@ Cut key_blocks(const Attention& p) {
 }
 // The most of a part.
 int64_t largest_part(const Cut& cut) { return round_up(ceil_div(cut.n, cut.parts), cut.unit); }
-
-// Where a task's arrays lie in its scratch.
-struct Layout {
-  int64_t floats = 0;
-  int64_t take(int64_t count) {
-    const int64_t at = floats;
-    floats += round_up(count, 64 / sizeof(float));
-    return at;
-  }
-};
 
 // f(task, the thread's next task, or the number of tasks, scratch) for each task, as many at once as there are scratches. A task's
 // arithmetic is the same in any of them.

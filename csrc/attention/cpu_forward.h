@@ -13,9 +13,9 @@ struct ForwardLayout : Layout {
   int64_t width, keys, values, queries, scores, out, largest, sums;
   ForwardLayout(const Attention& p, int64_t most_queries) : blocks(key_blocks(p)), width(round_up(p.head_dim, kFloats)) {
     const int64_t most = largest_part(blocks);
-    keys = take(most * p.head_dim), values = take(most * round_up(p.head_dim, kColumns));
-    queries = take(kTurnedRows * p.head_dim), scores = take(kRows * kScoreStep);
-    out = take(most_queries * width), largest = take(most_queries), sums = take(most_queries);
+    keys = reserve(most * p.head_dim), values = reserve(most * round_up(p.head_dim, kColumns));
+    queries = reserve(kTurnedRows * p.head_dim), scores = reserve(kRows * kScoreStep);
+    out = reserve(most_queries * width), largest = reserve(most_queries), sums = reserve(most_queries);
   }
 };
 
@@ -53,7 +53,7 @@ void forward(const Attention& p, const Runner& run) {
   const Scale scale = split(p.scale);
   const int64_t tasks = p.batch * p.heads * parts.parts;
   const auto queries_of = [&](int64_t sample, int64_t head) { return static_cast<const T*>(p.qkv) + sample * p.batch_stride + head * d; };
-  run_in_scratch(p, run, tasks, useful_threads(p, run.threads), at.floats, [&](int64_t task, int64_t upcoming, float* scratch) {
+  run_in_scratch(p, run, tasks, useful_threads(p, run.threads), at.size, [&](int64_t task, int64_t upcoming, float* scratch) {
     const int64_t sample = task / parts.parts / p.heads, head = task / parts.parts % p.heads;
     const Range part = parts[task % parts.parts];
     const T* q = queries_of(sample, head);

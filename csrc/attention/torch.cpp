@@ -13,6 +13,7 @@
 #endif
 
 #include "common/checks.h"
+#include "common/matrix.h"
 
 namespace convdit {
 namespace {
@@ -158,19 +159,7 @@ bool by_pytorch(const Tensor& qkv, const Shape& s, bool backward) {
   return large && multiplies_tiles() && !own_products();
 }
 
-// What a kernel needs for itself: from the stack where it is little, since a call on a few tokens costs little else.
-class Scratch {
- public:
-  Scratch(Attention& p, int64_t floats, const Tensor& like) {
-    if (floats > kFew) large_ = allocate({floats}, ScalarType::Float, like);
-    p.scratch = large_ ? large_->mutable_data_ptr<float>() : few_;
-  }
-
- private:
-  static constexpr int64_t kFew = 16384;
-  alignas(64) float few_[kFew];
-  std::optional<Tensor> large_;
-};
+constexpr int64_t kFewFloats = 16384;  // of scratch, on the stack
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
   const Tensor qkv = rows_without_gaps(qkv_in);
@@ -179,7 +168,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s,
   const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, ScalarType::Float, qkv);
   Attention p = params(qkv, s, scale);
   p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  const Scratch scratch(p, attention_table().forward_scratch(p, torch::stable::get_num_threads()), qkv);
+  Workspace<kFewFloats> scratch(attention_table().forward_scratch(p, torch::stable::get_num_threads()), qkv);
+  p.scratch = scratch.place();
   CONVDIT_RUN(attention, forward, qkv, p);
   return {out, log_sum_exp, no_rest(qkv, s)};
 }
@@ -191,7 +181,8 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
   const Tensor grad = dense(grad_in), out = dense(out_in), log_sum_exp = dense(log_sum_exp_in);
   AttentionBackward b{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr()};
   b.forward.out = out.mutable_data_ptr(), b.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  const Scratch scratch(b.forward, attention_table().backward_scratch(b.forward, torch::stable::get_num_threads()), qkv);
+  Workspace<kFewFloats> scratch(attention_table().backward_scratch(b.forward, torch::stable::get_num_threads()), qkv);
+  b.forward.scratch = scratch.place();
   CONVDIT_RUN(attention, backward, qkv, b);
 }
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "common/checks.h"
+#include "common/layout.h"
 
 namespace convdit {
 
@@ -35,21 +36,29 @@ struct Matrix {
   void* place() const { return static_cast<char*>(memory.mutable_data_ptr()) + offset * memory.element_size(); }
 };
 
-// Arrays of one dtype in one allocation, which takes as long as a small kernel: all are reserved first. Several threads may each
-// have a copy of them.
-struct Scratch {
+// Arrays of one dtype in one allocation. Several threads may each have a copy of them.
+struct Scratch : Layout {
   std::optional<Tensor> memory;
-  int64_t size = 0, base = 0;  // base: of the copy
+  int64_t base = 0;  // of the copy
 
-  int64_t reserve(int64_t count) {  // its place; on a cache line of its own
-    const int64_t at = size;
-    size += (count + 31) / 32 * 32;
-    return at;
-  }
   void allocate(ScalarType dtype, const Tensor& like, int64_t copies = 1) { memory = convdit::allocate({copies * size}, dtype, like); }
   void take_copy(int64_t i) { base = i * size; }
   Matrix matrix(int64_t at, int64_t rows, int64_t columns) const { return {*memory, rows, columns, base + at}; }
   void* place(int64_t at) const { return matrix(at, 0, 0).place(); }
+};
+
+// What a kernel needs for itself: from the stack where it is little, since a call on a few values costs little else.
+template <int64_t Few>
+class Workspace {
+ public:
+  Workspace(int64_t floats, const Tensor& like) {
+    if (floats > Few) large_ = allocate({floats}, ScalarType::Float, like);
+  }
+  float* place() { return large_ ? large_->mutable_data_ptr<float>() : few_; }
+
+ private:
+  alignas(64) float few_[Few];
+  std::optional<Tensor> large_;
 };
 
 }  // namespace convdit

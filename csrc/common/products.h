@@ -27,16 +27,9 @@ inline void multiply_here(const Matrix& a, const Matrix& b, const std::optional<
   p.a = static_cast<const float*>(a.values()), p.a_row = a.row_stride, p.a_column = a.column_stride;
   p.b = static_cast<const float*>(b.values()), p.b_row = b.row_stride, p.b_column = b.column_stride;
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr, p.c = static_cast<float*>(out.place()), p.c_row = out.row_stride;
-  const int64_t scratch = product_scratch(p.m, p.n, p.k);
-  if (scratch <= 4096) {  // an allocation takes as long as a tiny product
-    alignas(64) float packed[4096];
-    p.packed = packed;
-    CONVDIT_RUN(linear, multiply, a.memory, p);
-  } else {
-    const Tensor packed = allocate({scratch}, ScalarType::Float, a.memory);
-    p.packed = packed.mutable_data_ptr<float>();
-    CONVDIT_RUN(linear, multiply, a.memory, p);
-  }
+  Workspace<4096> packed(product_scratch(p.m, p.n, p.k), a.memory);
+  p.packed = packed.place();
+  CONVDIT_RUN(linear, multiply, a.memory, p);
 }
 
 inline void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {

@@ -2,57 +2,29 @@
 // which stays in the second-level cache, and tiles of c that fill the registers are summed from one of each.
 #include "linear/linear.h"
 
-#include "common/simd.h"
-#include "common/transpose.h"
-#include "common/unroll.h"
+#include "common/tile.h"
 
 namespace convdit::CONVDIT_LEVEL {
 namespace {
 
-// Registers for a tile of c, two vectors wide, beside two for b and one for a value of a.
-constexpr int kVectors = 2, kColumns = kVectors * kFloats, kRows = kVectorRegisters == 32 ? 14 : 6;
 constexpr int kBlockRows = kVectorRegisters == 32 ? 112 : 96;  // of a: whole tiles, and whole vectors
 // Of a packed row: some more than its values, so that the rows of a tile do not all fall in one set of the first-level cache.
 constexpr int kStride = kProductDepth + 16;
 static_assert(kProductColumns % kColumns == 0 && kPanelMultiple % kColumns == 0 && kBlockRows % kRows == 0 && kBlockRows % kFloats == 0);
 
-// A square of vectors, as far as it reaches: row i of `to`, lane j, is from[j * stride + i].
-CONVDIT_INLINE void turn_square(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  Vec<float> square[kFloats];
-  for (int64_t j = 0; j < kFloats; ++j)
-    square[j] = j >= columns ? Vec<float>{} : rows >= kFloats ? load(from + j * stride) : load(from + j * stride, rows);
-  transpose<float>(square);
-  for (int64_t i = 0; i < smaller(rows, kFloats); ++i) store(to + i * to_stride, square[i]);
-}
-
-// Rows k0 to k0 + depth of a panel of b: `columns` of them, the rest of the panel zeros.
+// Rows k0 to k0 + depth of a panel of b, `columns` of it.
 void pack_panel(const Product& p, int64_t k0, int64_t depth, int64_t column, int64_t columns, float* to) {
   const float* from = p.b + k0 * p.b_row + column * p.b_column;
-  for (int64_t j = 0; j < kColumns; j += kFloats, from += kFloats * p.b_column, to += kFloats) {
-    const int64_t left = larger(smaller(columns - j, kFloats), 0);
-    if (left == 0) {
-      for (int64_t k = 0; k < depth; ++k) store(to + k * kColumns, Vec<float>{});
-    } else if (p.b_column == 1) {
-      for (int64_t k = 0; k < depth; ++k)
-        store(to + k * kColumns, left == kFloats ? load(from + k * p.b_row) : load(from + k * p.b_row, left));
-    } else if (p.b_row == 1) {
-      for (int64_t k = 0; k < depth; k += kFloats) turn_square(from + k, p.b_column, depth - k, left, to + k * kColumns, kColumns);
-    } else {
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t i = 0; i < kFloats; ++i) to[k * kColumns + i] = i < left ? from[k * p.b_row + i * p.b_column] : 0;
-    }
-  }
+  if (p.b_column == 1) return pack(from, p.b_row, 0, depth, depth, columns, 1.f, to);
+  if (p.b_row == 1) return turn<kColumns>(from, p.b_column, columns, depth, 1.f, to);
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t i = 0; i < round_up(columns, kFloats); ++i) to[k * kColumns + i] = i < columns ? from[k * p.b_row + i * p.b_column] : 0;
 }
 
 // Values k0 to k0 + depth of some rows of a.
 void pack_rows(const Product& p, int64_t row, int64_t rows, int64_t k0, int64_t depth, float* to) {
   const float* from = p.a + row * p.a_row + k0 * p.a_column;
-  if (p.a_row == 1 && p.a_column != 1) {
-    for (int64_t i = 0; i < rows; i += kFloats)
-      for (int64_t k = 0; k < depth; k += kFloats)
-        turn_square(from + i + k * p.a_column, p.a_column, rows - i, smaller(depth - k, kFloats), to + i * kStride + k, kStride);
-    return;
-  }
+  if (p.a_row == 1 && p.a_column != 1) return turn<kStride>(from, p.a_column, depth, rows, 1.f, to);
   for (int64_t i = 0; i < rows; ++i) {
     const float* values = from + i * p.a_row;
     if (p.a_column == 1) std::memcpy(to + i * kStride, values, sizeof(float) * depth);
@@ -64,33 +36,21 @@ void pack_rows(const Product& p, int64_t row, int64_t rows, int64_t k0, int64_t 
 // A tile of c: from packed rows of a and a packed panel of b, `columns` of it. `first`: of the sums over K.
 template <int Rows, int Vectors>
 void tile(const float* a, const float* b, int64_t depth, int64_t columns, bool first, const float* bias, float* c, int64_t c_row) {
-  Vec<float> sum[Rows][Vectors] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k, b += kColumns) {
-    Vec<float> row[Vectors];
-    unroll<Vectors>(CONVDIT_UNROLLED(V) { row[V] = load(b + V * kFloats); });
-    unroll<Rows>(CONVDIT_UNROLLED(I) {
-      const Vec<float> value = splat(a[I * kStride + k]);
-      unroll<Vectors>(CONVDIT_UNROLLED(V) { sum[I][V] += value * row[V]; });
-    });
-  }
-  unroll<Vectors>(CONVDIT_UNROLLED(V) {
-    const int64_t left = smaller(columns - V * kFloats, kFloats);
-    const Vec<float> start = first && bias != nullptr ? load(bias + V * kFloats, left) : Vec<float>{};
-    unroll<Rows>(CONVDIT_UNROLLED(I) {
-      float* to = c + I * c_row + V * kFloats;
-      if (left == kFloats) store(to, sum[I][V] + (first ? start : load(to)));
-      else store(to, sum[I][V] + (first ? start : load(to, left)), left);
-    });
+  sum_tile<Rows, Vectors, kStride>(a, 1, b, depth, [&](auto row, auto vector, Vec<float> sum) CONVDIT_FLAT {
+    constexpr int kFirst = vector.value * kFloats;
+    const int64_t left = smaller(columns - kFirst, kFloats);
+    float* to = c + row.value * c_row + kFirst;
+    Vec<float> before{};
+    if (!first) before = left == kFloats ? load(to) : load(to, left);
+    else if (bias != nullptr) before = load(bias + kFirst, left);
+    if (left == kFloats) store(to, sum + before);
+    else store(to, sum + before, left);
   });
 }
 
 template <int Vectors>
-void tile_of(int64_t rows, const float* a, const float* b, int64_t depth, int64_t columns, bool first, const float* bias, float* c,
-             int64_t c_row) {
-  unroll<kRows>(CONVDIT_UNROLLED(I) {
-    if (rows == I + 1) tile<I + 1, Vectors>(a, b, depth, columns, first, bias, c, c_row);
-  });
+CONVDIT_INLINE auto tile_of_rows(int64_t rows) {
+  return tile_of(rows, []<int Rows>() { return tile<Rows, Vectors>; });
 }
 
 void multiply_section(const Product& p, const Runner& run) {
@@ -112,14 +72,19 @@ void multiply_section(const Product& p, const Runner& run) {
       const Range some = part_of(tiles, blocks, task / shares), share = part_of(panels, shares, task % shares);
       const int64_t first = some.first * kRows, last = smaller(some.last * kRows, p.m);
       pack_rows(p, first, last - first, range.first, depth, rows_of_a);
+      using Tile = void (*)(const float*, const float*, int64_t, int64_t, bool, const float*, float*, int64_t);
+      const int64_t rows_left = (last - first) % kRows;
+      const Tile whole[] = {tile<kRows, 1>, tile<kRows, kVectors>},
+                 part[] = {tile_of_rows<1>(rows_left), tile_of_rows<kVectors>(rows_left)};
       for (int64_t i = share.first; i < share.last; ++i) {
         const int64_t column = (columns_here.first + i) * kColumns, columns = smaller(p.n - column, kColumns);
         const float* bias = p.bias != nullptr ? p.bias + column : nullptr;
-        const auto compute = columns > kFloats ? tile_of<kVectors> : tile_of<1>;
+        const bool wide = columns > kFloats;
         for (int64_t row = first; row < last; row += kRows) {
           const float* a = rows_of_a + (row - first) * kStride;
           float* c = p.c + row * p.c_row + column;
-          compute(smaller(last - row, kRows), a, panel_at(i), depth, columns, step % parts == 0, bias, c, p.c_row);
+          const auto compute = last - row >= kRows ? whole[wide] : part[wide];
+          compute(a, panel_at(i), depth, columns, step % parts == 0, bias, c, p.c_row);
         }
       }
     });
