@@ -175,9 +175,11 @@ void weight_grad_plane(const DepthwiseConvWeightGrad& p, const Band& band, int64
   });
 }
 
-// The sums of one part, (planes, K*K + 1, lanes), band by band of `rows` rows.
+// The sums of one part, (planes, K*K + 1, lanes), band by band of `rows` rows. `next`: the part that this thread takes next, as far as
+// one can tell, and its planes; it is fetched towards the end.
 template <class T>
-void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t rows, Range planes, accum_t<T>* totals) {
+void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t rows, Range planes, int64_t next_part, Range next_planes,
+                      accum_t<T>* totals) {
   using A = accum_t<T>;
   const Map map = map_of(p);
   const int64_t sums = (p.kernel * p.kernel + 1) * lanes<A>;
@@ -192,10 +194,12 @@ void weight_grad_part(const DepthwiseConvWeightGrad& p, int64_t part, int64_t ro
     const Band band = band_at(row, all.last);
     row += band.rows.last - band.rows.first;
     Ahead next_x, next_grad;
-    if (fetch && row < p.batch * p.height) {
-      const Band next = band_at(row, p.batch * p.height);
+    const bool goes_on = row < all.last;
+    if (fetch && (goes_on || next_part < p.parts)) {
+      const Band next = band_at(goes_on ? row : part_of(p.batch * p.height, p.parts, next_part).first, p.batch * p.height);
+      const Range of = goes_on ? planes : next_planes;
       const int64_t steps = (band.rows.last - band.rows.first) * (planes.last - planes.first) * row_tiles(map);
-      next_x = band_ahead<T>(p.x, map, next, planes, p.kernel / 2, steps), next_grad = band_ahead<T>(p.grad, map, next, planes, 0, steps);
+      next_x = band_ahead<T>(p.x, map, next, of, p.kernel / 2, steps), next_grad = band_ahead<T>(p.grad, map, next, of, 0, steps);
     }
     for (int64_t plane = planes.first; plane < planes.last; ++plane)
       weight_grad_plane<T>(p, band, plane, totals + plane * sums, next_x, next_grad);
@@ -223,8 +227,9 @@ void weight_grad(const DepthwiseConvWeightGrad& p, const Runner& run) {
   const int64_t wanted = run.threads > 1 ? 4 * run.threads : 1;
   const int64_t groups = smaller(planes, larger(ceil_div(wanted, p.parts), ceil_div(smaller(rows, p.height) * row_bytes, kBandBytes)));
   run(p.parts * groups, [&](int64_t task) {
-    const int64_t part = task / groups;
-    weight_grad_part<T>(p, part, rows, part_of(planes, groups, task % groups), static_cast<A*>(p.workspace) + part * planes * sums);
+    const int64_t part = task / groups, next = task + run.threads;
+    weight_grad_part<T>(p, part, rows, part_of(planes, groups, task % groups), next / groups, part_of(planes, groups, next % groups),
+                        static_cast<A*>(p.workspace) + part * planes * sums);
   });
   run(planes, [&](int64_t plane) { add_weight_parts<A>(p, plane); });
 }
