@@ -101,7 +101,7 @@ struct Mlp {
     }
     multiply(wide_part, (fold ? maps.matrix(folded, channels, hidden) : Matrix(weight2)).transposed(), product);
     AddResidual r{
-        count * sites, channels, dtype_of("x", x.memory), dtype(), x.values(), product.values(), fold ? vectors.place(shift) : data(bias2),
+        count * sites, channels, dtype_of("x", x.dtype), dtype(), x.values(), product.values(), fold ? vectors.place(shift) : data(bias2),
         out.place()};
     CONVDIT_RUN(convnext_block, add_residual, weight1, r);
   }
@@ -186,11 +186,11 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   check_branch(x_in, "u", u_in);
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
   Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
-  const Tensor x_map = dense(x_in), out = allocate_like(x_map);
+  const Tensor x_map = dense(x_in), u_map = dense(u_in), out = allocate_like(x_map);
   const Tensor hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x_map);
   if (x_map.numel() == 0) return {out, hidden, allocate_zeros({mlp.batch, mlp.hidden}, mlp.wide, x_map)};
   const Tensor norm = allocate({mlp.batch, mlp.hidden}, mlp.wide, x_map);
-  const Matrix x = rows_of(x_map), u = rows_of(dense(u_in)), out_rows = rows_of(out), hidden_rows(hidden), norm_rows(norm);
+  const Matrix x = rows_of(x_map), u = rows_of(u_map), out_rows = rows_of(out), hidden_rows(hidden), norm_rows(norm);
   const int64_t wide_at = mlp.reserve_map(mlp.hidden), product_at = mlp.reserve_map(mlp.channels);
   mlp.allocate_scratch();
   mlp.prepare_forward();
@@ -262,7 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
     torch::stable::zero_(grad1.sum), torch::stable::zero_(grad2.sum);
     return {grad_u, grad1.result(mlp.weight1), grad_bias1, grad_grn_weight, grad_grn_bias, grad2.result(mlp.weight2)};
   }
-  const Matrix u = rows_of(u_map), grad = rows_of(dense(grad_in)), hidden(dense(hidden_in)), norms(all_norms);
+  const Tensor grad_map = dense(grad_in), all_hidden = dense(hidden_in);
+  const Matrix u = rows_of(u_map), grad = rows_of(grad_map), hidden(all_hidden), norms(all_norms);
   const int64_t wide_at = mlp.reserve_map(mlp.hidden), wide_grad_at = mlp.reserve_map(mlp.hidden);
   mlp.allocate_scratch();
   const Matrix wide = mlp.scratch_map(wide_at, mlp.hidden), wide_grad = mlp.scratch_map(wide_grad_at, mlp.hidden);
