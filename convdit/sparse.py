@@ -167,6 +167,8 @@ class ActiveSites:
 
         Row-major over (dy, dx) from (-radius, -radius).
         """
+        if radius in self._block_tables:  # each call of an operator asks
+            return self._block_tables[radius]
         check_whole("radius", radius, 0)
         height, width = self.grid
         return self._keep(

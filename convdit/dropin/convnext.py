@@ -119,8 +119,8 @@ def _gains(block: Foreign, x: Tensor) -> bool:
     with gradients and 1.01 to 1.23 without in float32, but 0.96 to 1.16 without in bfloat16.
     """
     names = _names(block)
-    weight = _get(block, names.conv).weight
-    if x.dim() != 4 or x.dtype != weight.dtype:
+    weight = getattr(_get(block, names.conv), "weight", None)
+    if weight is None or x.dim() != 4 or x.dtype != weight.dtype:
         return False
     return bool(names.grn) or x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and wants_gradient(x, weight))
 

@@ -34,7 +34,8 @@ class Rule:
         knows: whether a module is of this kind.
         refuses: why a module of this kind is left alone, or None. Asked again at each call, so that a hook or another
             layer put inside later is not passed over.
-        gains: (module, x): whether an input is of a shape and layout that the operators compute faster.
+        gains: (module, x): whether an input is of a shape and layout that the operators compute faster. Asked first, so
+            of a module that may be refused.
         compute: (module, *arguments of its forward): the same result, by the operators.
         example: arguments of its forward, in float64, to hold `compute` against the original with.
         packs: whether `compute` packs weights where that is asked for, as `products` says.
@@ -84,11 +85,11 @@ def subclass(original: type[Any], rule_name: str, devices: tuple[str, ...], pack
     def forward(self, x, *args, **kwargs):
         if (
             isinstance(x, Tensor)
+            and rule.gains(self, x)  # first: where it says no, the call may be a short one
             and x.device.type in devices
             and x.dtype in FAST_DTYPES
             and (torch.compiler.is_compiling() or forward_ad._current_level < 0)  # the operators have no forward mode
             and rule.refuses(self) is None
-            and rule.gains(self, x)
         ):
             return rule.compute(self, x, *args, **kwargs)
         return slow(self, x, *args, **kwargs)

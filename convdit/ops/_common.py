@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,16 +77,45 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def is_plain(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether x and a weight are float32, and all on the CPU, outside autocast and torch.compile: the operators look at
-    the rest. They would not see a tensor on meta: PyTorch then calls what gives shapes alone.
-    """
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are float32 and on the CPU, outside autocast and torch.compile: the operators look at the rest."""
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return False
-    for t in others:
-        if t is not None and not t.is_cpu:
-            return False
-    return x.is_cpu and weight.is_cpu and x.dtype is torch.float32 is weight.dtype
+    return x.dtype is torch.float32 is weight.dtype and x.is_cpu and weight.is_cpu
+
+
+def at_once(operator: Any, x: Tensor, *args: Any) -> Any:
+    """The operator's result on a CPU, where no gradient, compiler, transform or autocast is to see the call; else None.
+
+    The operator looks at its arguments itself, and casts parameters: to look at them here first would take as long as
+    it does. Where it refuses them this gives None too, and the caller says what is wrong in terms of its own arguments.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return None
+    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return None
+    try:
+        return operator._op(x, *args) if x.is_cpu else None  # what operator(x, *args) comes to, by a shorter way
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+
+
+def register_fake(name: str) -> Callable:
+    """Decorates what gives the results' shapes of the operator ``convdit::name``.
+
+    It is all that PyTorch calls where an argument is on meta and the others are not, so it refuses that, as kernels do.
+    """
+
+    def decorator(fake: Callable) -> Callable:
+        @functools.wraps(fake)
+        def checked(*args):
+            if len({t.device for t in args if isinstance(t, Tensor)}) > 1:
+                raise RuntimeError(f"{name}: expected all tensors on one device")
+            return fake(*args)
+
+        return torch.library.register_fake(f"convdit::{name}")(checked)
+
+    return decorator
 
 
 def in_transform() -> bool:

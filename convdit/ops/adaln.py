@@ -13,11 +13,13 @@ from torch.autograd.function import once_differentiable
 from ._common import (
     Function,
     accumulate_dtype,
+    at_once,
     check_device,
     check_floating,
     library,
     needs_grad,
     parameter,
+    register_fake,
     register_vmap,
 )
 
@@ -38,26 +40,35 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
 
     Source: Peebles & Xie 2023, section 3.2; the ``modulate`` of facebookresearch/DiT after its LayerNorm.
     """
+    out = at_once(library.layer_norm_modulate_fwd.default, x, shift, scale, eps)
+    if out is not None:
+        return out
     check_floating("x", x)
     shift, scale = parameter("shift", shift, x), parameter("scale", scale, x)
     if needs_grad(x, shift, scale):
         return _LayerNormModulate.shown(x, shift, scale, eps)[0]
-    return library.layer_norm_modulate_fwd.default(x, shift, scale, eps)[0]
+    return library.layer_norm_modulate_fwd.default(x, shift, scale, eps)
 
 
-@torch.library.register_fake("convdit::layer_norm_modulate_fwd")
+@register_fake("layer_norm_modulate_fwd")
+def _(x, shift, scale, eps):
+    return x.new_empty(x.shape)
+
+
+@register_fake("layer_norm_modulate_fwd_save")
 def _(x, shift, scale, eps):
     rows = x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), rows, torch.empty_like(rows)
 
 
-@torch.library.register_fake("convdit::layer_norm_modulate_bwd")
+@register_fake("layer_norm_modulate_bwd")
 def _(grad, x, scale, mean, rstd):
     columns = x.new_empty((x.shape[0], x.shape[2]), dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), columns, torch.empty_like(columns)
 
 
 register_vmap("layer_norm_modulate_fwd", folded=(0, 1, 2))
+register_vmap("layer_norm_modulate_fwd_save", folded=(0, 1, 2))
 register_vmap("layer_norm_modulate_bwd", folded=(0, 1, 2, 3, 4))
 
 
@@ -66,7 +77,7 @@ class _LayerNormModulate(Function):
 
     @staticmethod
     def forward(x, shift, scale, eps):
-        return library.layer_norm_modulate_fwd.default(x, shift, scale, eps)
+        return library.layer_norm_modulate_fwd_save.default(x, shift, scale, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,6 +108,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Source: Peebles & Xie 2023, section 3.2.
     """
+    out = at_once(library.gated_residual_fwd.default, x, y, gate)
+    if out is not None:
+        return out
     check_floating("x", x)
     check_floating("y", y)
     check_device("y", y, x)
@@ -107,12 +121,12 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return library.gated_residual_fwd.default(x, y, gate)
 
 
-@torch.library.register_fake("convdit::gated_residual_fwd")
+@register_fake("gated_residual_fwd")
 def _(x, y, gate):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::gated_residual_bwd")
+@register_fake("gated_residual_bwd")
 def _(grad, y, gate):
     return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
@@ -154,6 +168,9 @@ def gated_residual_layer_norm_modulate(
 
     Source: Peebles & Xie 2023, section 3.2: the end of one branch and the beginning of the next.
     """
+    out = at_once(library.gated_residual_layer_norm_modulate_fwd.default, x, y, gate, shift, scale, eps)
+    if out is not None:
+        return out
     check_floating("x", x)
     check_floating("y", y)
     check_device("y", y, x)
@@ -161,22 +178,28 @@ def gated_residual_layer_norm_modulate(
     scale = parameter("scale", scale, x)
     if needs_grad(x, y, gate, shift, scale):
         return _GatedResidualLayerNormModulate.shown(x, y, gate, shift, scale, eps)[:2]
-    return library.gated_residual_layer_norm_modulate_fwd.default(x, y, gate, shift, scale, eps)[:2]
+    return library.gated_residual_layer_norm_modulate_fwd.default(x, y, gate, shift, scale, eps)
 
 
-@torch.library.register_fake("convdit::gated_residual_layer_norm_modulate_fwd")
+@register_fake("gated_residual_layer_norm_modulate_fwd")
+def _(x, y, gate, shift, scale, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@register_fake("gated_residual_layer_norm_modulate_fwd_save")
 def _(x, y, gate, shift, scale, eps):
     rows = x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape), rows, torch.empty_like(rows)
 
 
-@torch.library.register_fake("convdit::gated_residual_layer_norm_modulate_bwd")
+@register_fake("gated_residual_layer_norm_modulate_bwd")
 def _(grad_residual, grad_out, residual, y, gate, scale, mean, rstd):
     columns = [gate.new_empty(gate.shape) for _ in range(3)]
     return residual.new_empty(residual.shape), y.new_empty(y.shape), *columns
 
 
 register_vmap("gated_residual_layer_norm_modulate_fwd", folded=(0, 1, 2, 3, 4))
+register_vmap("gated_residual_layer_norm_modulate_fwd_save", folded=(0, 1, 2, 3, 4))
 register_vmap("gated_residual_layer_norm_modulate_bwd", folded=(0, 1, 2, 3, 4, 5, 6, 7))
 
 
@@ -185,7 +208,7 @@ class _GatedResidualLayerNormModulate(Function):
 
     @staticmethod
     def forward(x, y, gate, shift, scale, eps):
-        return library.gated_residual_layer_norm_modulate_fwd.default(x, y, gate, shift, scale, eps)
+        return library.gated_residual_layer_norm_modulate_fwd_save.default(x, y, gate, shift, scale, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import Function, check_device, check_floating, check_tensor, is_plain, library, needs_grad, register_vmap
+from ._common import (
+    Function,
+    at_once,
+    check_device,
+    check_floating,
+    check_tensor,
+    is_plain,
+    library,
+    needs_grad,
+    register_fake,
+    register_vmap,
+)
 from .adaln import gated_residual, layer_norm_modulate
 from .attention import packed_attention
 from .linear import linear
@@ -51,12 +62,16 @@ def adaln_zero_attention(
     Source: Peebles & Xie 2023, section 3.2, adaLN-Zero block.
     """
     given = (x, modulation, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    if getattr(x, "dtype", None) is getattr(qkv_weight, "dtype", None) is torch.float32:  # of no other
+        out = at_once(library.adaln_zero_attention_fwd.default, *given, num_heads, eps)
+        if out is not None:
+            return out
     try:  # the operator looks at the arguments
-        if is_plain(x, qkv_weight, *given):
+        if is_plain(x, qkv_weight):
             if needs_grad(*given):
                 return _AdalnZeroAttention.shown(*given, num_heads, eps)[0]
             return library.adaln_zero_attention_fwd.default(*given, num_heads, eps)
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError):
         pass  # an argument to be cast, or an error, to be told by the parts
     check_floating("x", x)
     check_floating("modulation", modulation)
@@ -75,12 +90,12 @@ def adaln_zero_attention(
     return gated_residual(x, linear(attended, proj_weight, proj_bias), gate)
 
 
-@torch.library.register_fake("convdit::adaln_zero_attention_fwd")
+@register_fake("adaln_zero_attention_fwd")
 def _(x, *_args):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::adaln_zero_attention_fwd_save")
+@register_fake("adaln_zero_attention_fwd_save")
 def _(x, _modulation, _1, _2, _3, _4, num_heads, _eps):
     rows, width = x.shape[:2], x.shape[2]
     wide = (x.new_empty((*rows, n)) for n in (width, 3 * width, width, num_heads, width))

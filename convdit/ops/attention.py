@@ -6,12 +6,21 @@ PyTorch's flash kernel, and large bfloat16 where it has instructions for product
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import Function, accumulate_dtype, autocast, check_floating, library, needs_grad, register_vmap
+from ._common import (
+    Function,
+    accumulate_dtype,
+    at_once,
+    autocast,
+    check_floating,
+    library,
+    needs_grad,
+    register_fake,
+    register_vmap,
+)
 
 
 def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -39,35 +48,44 @@ def packed_attention(qkv: Tensor, num_heads: int, scale: float | None = None) ->
     width = shape[2]
     if not isinstance(num_heads, int) or num_heads < 1 or width % (3 * num_heads):
         raise ValueError(f"num_heads: expected a number of heads that divides D = {width / 3:g}, got {num_heads}")
-    qkv = autocast(qkv)
     if scale is None:
         scale = max(width // (3 * num_heads), 1) ** -0.5
+    out = at_once(library.packed_attention_fwd.default, qkv, num_heads, scale)
+    if out is not None:
+        return out
+    qkv = autocast(qkv)
     if needs_grad(qkv):
         return _PackedAttention.shown(qkv, num_heads, scale)[0]
-    return library.packed_attention_fwd.default(qkv, num_heads, scale, False)[0]
+    return library.packed_attention_fwd.default(qkv, num_heads, scale)
 
 
 KEEP_REST = ["cuda"]  # devices whose kernels keep for the backward what rounding took from the result
 
 
-@torch.library.register_fake("convdit::packed_attention_fwd")
-def _(qkv, num_heads, scale, save):
+@register_fake("packed_attention_fwd")
+def _(qkv, num_heads, scale):
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
+
+
+@register_fake("packed_attention_fwd_save")
+def _(qkv, num_heads, scale):
     batch, tokens, width = qkv.shape
     log_sum_exp = qkv.new_empty((batch, tokens, num_heads), dtype=accumulate_dtype(qkv.dtype))
-    rest = tokens if save and qkv.element_size() == 2 and qkv.device.type in KEEP_REST else 0
+    rest = tokens if qkv.element_size() == 2 and qkv.device.type in KEEP_REST else 0
     return qkv.new_empty((batch, tokens, width // 3)), log_sum_exp, qkv.new_empty((batch, rest, width // 3))
 
 
-@torch.library.register_fake("convdit::packed_attention_bwd")
+@register_fake("packed_attention_bwd")
 def _(grad, qkv, out, log_sum_exp, rest, num_heads, scale):
     return qkv.new_empty(qkv.shape)
 
 
 register_vmap("packed_attention_fwd", folded=(0,))
+register_vmap("packed_attention_fwd_save", folded=(0,))
 register_vmap("packed_attention_bwd", folded=(0, 1, 2, 3, 4))
 
 
-@register_flop_formula(library.packed_attention_fwd)
+@register_flop_formula([library.packed_attention_fwd, library.packed_attention_fwd_save])
 def _(qkv, *_args, out_shape=None, **_kwargs) -> int:
     batch, tokens, width = qkv
     return 2 * 2 * batch * tokens * tokens * (width // 3)  # two matrix products: q k^T, and the weights times v
@@ -84,7 +102,7 @@ class _PackedAttention(Function):
 
     @staticmethod
     def forward(qkv, num_heads, scale):
-        return library.packed_attention_fwd.default(qkv, num_heads, scale, True)
+        return library.packed_attention_fwd_save.default(qkv, num_heads, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -24,6 +24,7 @@ from ._common import (
     HALVES,
     Function,
     accumulate_dtype,
+    at_once,
     autocast,
     autocast_enabled,
     check_floating,
@@ -31,6 +32,7 @@ from ._common import (
     library,
     needs_grad,
     parameter,
+    register_fake,
     register_vmap,
 )
 from .depthwise_conv import conv_gradients, depthwise_conv2d_layer_norm
@@ -86,10 +88,16 @@ def convnext_block(
         pwconv2_weight,
         pwconv2_bias,
     )
-    try:  # the operators look at the arguments; asking here first takes as long as they do
-        if is_plain(x, pwconv1_weight, *given):
+    if (
+        getattr(x, "dtype", None) is getattr(pwconv1_weight, "dtype", None) is torch.float32
+    ):  # else the branch has another
+        out = at_once(library.convnext_block_fwd.default, x, *given, eps)
+        if out is not None:
+            return out
+    try:  # the operators look at the arguments
+        if is_plain(x, pwconv1_weight):
             return _block(x, given, eps)
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError):
         pass  # a parameter to be cast, or an error, to be told in terms of this function's arguments
     _check(x, given)
     branch = autocast(x).dtype
@@ -181,12 +189,12 @@ def _linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
 
 
-@torch.library.register_fake("convdit::convnext_block_fwd")
+@register_fake("convnext_block_fwd")
 def _(x, *parameters):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::convnext_mlp_fwd")
+@register_fake("convnext_mlp_fwd")
 def _(x, u, pwconv1_weight, *_args):
     n, h, w, _ = x.shape
     hidden = pwconv1_weight.shape[0]
@@ -194,7 +202,7 @@ def _(x, u, pwconv1_weight, *_args):
     return x.new_empty(x.shape), u.new_empty((n * h * w, hidden)), norm
 
 
-@torch.library.register_fake("convdit::convnext_mlp_bwd")
+@register_fake("convnext_mlp_bwd")
 def _(
     grad, u, _hidden, _norm, weight1, _bias1, grn_weight, _grn_bias, weight2, _eps, need_u, need_weight1, need_weight2
 ):
@@ -247,8 +255,8 @@ class _ConvnextBlock(Function):
         eps,
     ):
         branch_x = x.to(pwconv1_weight.dtype)
-        u, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd.default(
-            branch_x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, eps, True
+        u, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd_save.default(
+            branch_x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, eps
         )
         out, hidden, norm = library.convnext_mlp_fwd.default(
             x, u, pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps

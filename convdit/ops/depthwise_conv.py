@@ -14,11 +14,13 @@ from torch.utils.flop_counter import register_flop_formula
 from ._common import (
     Function,
     accumulate_dtype,
+    at_once,
     autocast,
     check_floating,
     library,
     needs_grad,
     parameter,
+    register_fake,
     register_vmap,
 )
 
@@ -41,6 +43,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Source: Liu et al. 2022, "A ConvNet for the 2020s", sections 2.3 and 2.5.
     """
+    out = at_once(library.depthwise_conv2d_fwd.default, x, weight, bias)
+    if out is not None:
+        return out
     check_floating("x", x)
     x = autocast(x)
     weight = parameter("weight", weight, x)
@@ -50,17 +55,17 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return library.depthwise_conv2d_fwd.default(x, weight, bias)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_fwd")
+@register_fake("depthwise_conv2d_fwd")
 def _(x, weight, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_input_grad")
+@register_fake("depthwise_conv2d_input_grad")
 def _(grad, weight):
     return grad.new_empty(grad.shape)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_weight_grad")
+@register_fake("depthwise_conv2d_weight_grad")
 def _(grad, x, kernel_size):
     channels, dtype = x.shape[-1], accumulate_dtype(x.dtype)
     return x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype), x.new_empty((channels,), dtype=dtype)
@@ -147,6 +152,9 @@ def depthwise_conv2d_layer_norm(
 
     Source: the start of the block of Liu et al. 2022, section 2.6.
     """
+    out = at_once(library.depthwise_conv2d_layer_norm_fwd.default, x, weight, bias, ln_weight, ln_bias, eps)
+    if out is not None:
+        return out
     check_floating("x", x)
     x = autocast(x)
     weight = parameter("weight", weight, x)
@@ -154,28 +162,32 @@ def depthwise_conv2d_layer_norm(
     ln_weight, ln_bias = parameter("ln_weight", ln_weight, x), parameter("ln_bias", ln_bias, x)
     if needs_grad(x, weight, bias, ln_weight, ln_bias):
         return _DepthwiseConv2dLayerNorm.shown(x, weight, bias, ln_weight, ln_bias, eps)[0]
-    return library.depthwise_conv2d_layer_norm_fwd.default(x, weight, bias, ln_weight, ln_bias, eps, False)[0]
+    return library.depthwise_conv2d_layer_norm_fwd.default(x, weight, bias, ln_weight, ln_bias, eps)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_layer_norm_fwd")
-def _(x, weight, bias, ln_weight, ln_bias, eps, save):
-    sites = x.shape[:3] if save else (0,)
-    statistic = x.new_empty(sites, dtype=accumulate_dtype(x.dtype))
-    conv = x.new_empty(x.shape if save else (0,))
-    return x.new_empty(x.shape), conv, statistic, torch.empty_like(statistic)
+@register_fake("depthwise_conv2d_layer_norm_fwd")
+def _(x, weight, bias, ln_weight, ln_bias, eps):
+    return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::depthwise_conv2d_layer_norm_bwd")
+@register_fake("depthwise_conv2d_layer_norm_fwd_save")
+def _(x, weight, bias, ln_weight, ln_bias, eps):
+    statistic = x.new_empty(x.shape[:3], dtype=accumulate_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+@register_fake("depthwise_conv2d_layer_norm_bwd")
 def _(grad, conv, ln_weight, mean, rstd):
     channel = conv.new_empty(conv.shape[-1:], dtype=accumulate_dtype(conv.dtype))
     return conv.new_empty(conv.shape), channel, torch.empty_like(channel)
 
 
 register_vmap("depthwise_conv2d_layer_norm_fwd", folded=(0,))
+register_vmap("depthwise_conv2d_layer_norm_fwd_save", folded=(0,))
 register_vmap("depthwise_conv2d_layer_norm_bwd", folded=())
 
 
-@register_flop_formula(torch.ops.convdit.depthwise_conv2d_layer_norm_fwd)
+@register_flop_formula([library.depthwise_conv2d_layer_norm_fwd, library.depthwise_conv2d_layer_norm_fwd_save])
 def _(x_shape, weight_shape, *_args, **_kwargs) -> int:
     return _flops(x_shape, weight_shape[-1])
 
@@ -185,7 +197,7 @@ class _DepthwiseConv2dLayerNorm(Function):
 
     @staticmethod
     def forward(x, weight, bias, ln_weight, ln_bias, eps):
-        return library.depthwise_conv2d_layer_norm_fwd.default(x, weight, bias, ln_weight, ln_bias, eps, True)
+        return library.depthwise_conv2d_layer_norm_fwd_save.default(x, weight, bias, ln_weight, ln_bias, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

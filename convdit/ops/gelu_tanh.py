@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import Function, check_floating, check_tensor, library, needs_grad, parameter
+from ._common import Function, check_floating, check_tensor, library, needs_grad, parameter, register_fake
 
 
 def gelu_tanh(x: Tensor, bias: Tensor | None = None, overwrite: bool = False) -> Tensor:
@@ -52,17 +52,17 @@ def _kernel_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return parameter("bias", bias, x)
 
 
-@torch.library.register_fake("convdit::gelu_tanh_fwd")
+@register_fake("gelu_tanh_fwd")
 def _(x, bias):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("convdit::gelu_tanh_")
+@register_fake("gelu_tanh_")
 def _(x, bias):
     return None
 
 
-@torch.library.register_fake("convdit::gelu_tanh_bwd")
+@register_fake("gelu_tanh_bwd")
 def _(grad, x, bias):
     return x.new_empty(x.shape)
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._common import (
     Function,
     accumulate_dtype,
+    at_once,
     autocast,
     check_floating,
     library,
     needs_grad,
     parameter,
+    register_fake,
     register_vmap,
 )
 
@@ -98,15 +99,23 @@ def sparse_gelu_grn(
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
+    out = at_once(library.grn_fwd.default, x, weight, bias, eps, gelu)
+    if out is not None:
+        return out
     check_floating("x", x)
     x = autocast(x)
     weight, bias = parameter("weight", weight, x), parameter("bias", bias, x)
     if needs_grad(x, weight, bias):
         return _Grn.shown(x, weight, bias, eps, gelu)[0]
-    return library.grn_fwd.default(x, weight, bias, eps, gelu)[0]
+    return library.grn_fwd.default(x, weight, bias, eps, gelu)
 
 
 def _packed(features, weight, bias, sites, eps, scope, gelu):
+    if scope == "sample":
+        offsets = getattr(sites, "offsets", None)
+        out = at_once(library.sparse_grn_fwd.default, features, weight, bias, offsets, eps, gelu)
+        if out is not None:
+            return out
     check_floating("features", features)
     if scope not in ("sample", "batch"):
         raise ValueError(f'scope: expected "sample" or "batch", got {scope!r}')
@@ -118,24 +127,30 @@ def _packed(features, weight, bias, sites, eps, scope, gelu):
     weight, bias = parameter("weight", weight, features), parameter("bias", bias, features)
     if needs_grad(features, weight, bias):
         return _SparseGrn.shown(features, weight, bias, sites.offsets, eps, gelu)[0]
-    return library.sparse_grn_fwd.default(features, weight, bias, sites.offsets, eps, gelu)[0]
+    return library.sparse_grn_fwd.default(features, weight, bias, sites.offsets, eps, gelu)
 
 
 # ---- dense ---------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("convdit::grn_fwd")
+@register_fake("grn_fwd")
+def _(x, weight, bias, eps, gelu):
+    return x.new_empty(x.shape)
+
+
+@register_fake("grn_fwd_save")
 def _(x, weight, bias, eps, gelu):
     norm = x.new_empty((x.shape[0], x.shape[-1]), dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), norm
 
 
-@torch.library.register_fake("convdit::grn_bwd")
+@register_fake("grn_bwd")
 def _(grad, x, norm, weight, eps, gelu):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 register_vmap("grn_fwd", folded=(0,))
+register_vmap("grn_fwd_save", folded=(0,))
 register_vmap("grn_bwd", folded=())  # the parameters' gradients are sums over what would be folded
 
 
@@ -144,7 +159,7 @@ class _Grn(Function):
 
     @staticmethod
     def forward(x, weight, bias, eps, gelu):
-        return library.grn_fwd.default(x, weight, bias, eps, gelu)
+        return library.grn_fwd_save.default(x, weight, bias, eps, gelu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -161,20 +176,26 @@ class _Grn(Function):
 # ---- packed --------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("convdit::sparse_grn_fwd")
+@register_fake("sparse_grn_fwd")
+def _(features, weight, bias, offsets, eps, gelu):
+    return features.new_empty(features.shape)
+
+
+@register_fake("sparse_grn_fwd_save")
 def _(features, weight, bias, offsets, eps, gelu):
     dtype = accumulate_dtype(features.dtype)
     norm = features.new_empty((offsets.shape[0] - 1, features.shape[1]), dtype=dtype)
     return features.new_empty(features.shape), norm
 
 
-@torch.library.register_fake("convdit::sparse_grn_bwd")
+@register_fake("sparse_grn_bwd")
 def _(grad, features, norm, weight, offsets, eps, gelu):
     parameters = [weight.new_empty(weight.shape) for _ in range(2)]
     return features.new_empty(features.shape), *parameters
 
 
 register_vmap("sparse_grn_fwd", folded=())
+register_vmap("sparse_grn_fwd_save", folded=())
 register_vmap("sparse_grn_bwd", folded=())
 
 
@@ -183,7 +204,7 @@ class _SparseGrn(Function):
 
     @staticmethod
     def forward(features, weight, bias, offsets, eps, gelu):
-        return library.sparse_grn_fwd.default(features, weight, bias, offsets, eps, gelu)
+        return library.sparse_grn_fwd_save.default(features, weight, bias, offsets, eps, gelu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

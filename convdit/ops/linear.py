@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from convdit._library import build_info
 
-from ._common import Function, library, needs_grad, register_vmap
+from ._common import Function, library, needs_grad, register_fake, register_vmap
 
 HERE = build_info()["cpu_products"] == "convdit"
 FEWEST = 1 << 16  # multiply-adds that are worth it, as in csrc/common/products.h
@@ -53,17 +53,17 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or x.numel() * weight.shape[0] >= FEWEST
 
 
-@torch.library.register_fake("convdit::linear_fwd")
+@register_fake("linear_fwd")
 def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("convdit::packed_qkv")
+@register_fake("packed_qkv")
 def _(x, *layers):
     return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in layers[::2])))
 
 
-@torch.library.register_fake("convdit::linear_bwd")
+@register_fake("linear_bwd")
 def _(grad, x, weight, need_x, need_weight):
     return x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,))
 

@@ -6,10 +6,9 @@ ConvNets with Masked Autoencoders" (2023), section 3. Built once a mask, by `con
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ._common import check_tensor, library
+from ._common import check_tensor, library, register_fake
 
 
 def neighbors(indices: Tensor, n: int, h: int, w: int, radius: int) -> Tensor:
@@ -38,6 +37,6 @@ def neighbors(indices: Tensor, n: int, h: int, w: int, radius: int) -> Tensor:
     return library.neighbors.default(indices, n, h, w, radius)
 
 
-@torch.library.register_fake("convdit::neighbors")
+@register_fake("neighbors")
 def _(indices, n, h, w, radius):
     return indices.new_empty((indices.shape[0], (2 * radius + 1) ** 2))

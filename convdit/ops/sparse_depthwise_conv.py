@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import Function, accumulate_dtype, autocast, check_floating, library, needs_grad, parameter, register_vmap
+from ._common import (
+    Function,
+    accumulate_dtype,
+    at_once,
+    autocast,
+    check_floating,
+    library,
+    needs_grad,
+    parameter,
+    register_fake,
+    register_vmap,
+)
 
 if TYPE_CHECKING:
     from convdit.sparse import ActiveSites
@@ -39,9 +49,14 @@ def sparse_depthwise_conv2d(features: Tensor, weight: Tensor, bias: Tensor | Non
 
     Source: Woo et al. 2023, section 3; ``MinkowskiDepthwiseConvolution`` as facebookresearch/ConvNeXt-V2 uses it.
     """
-    check_floating("features", features)
     if not hasattr(sites, "block_neighbors"):
         raise TypeError(f"sites: expected convdit.sparse.ActiveSites, got {type(sites).__name__}")
+    if isinstance(weight, Tensor) and weight.dim() == 4:
+        neighbors = sites.block_neighbors(-(-(weight.shape[3] // 2) // sites.block))
+        out = at_once(library.sparse_depthwise_conv2d_fwd.default, features, weight, bias, neighbors, sites.block)
+        if out is not None:
+            return out
+    check_floating("features", features)
     if features.dim() != 2 or features.shape[0] != len(sites):
         raise ValueError(f"features: expected shape ({len(sites)}, C), got {tuple(features.shape)}")
     check_floating("weight", weight)
@@ -51,23 +66,22 @@ def sparse_depthwise_conv2d(features: Tensor, weight: Tensor, bias: Tensor | Non
     features = autocast(features)
     weight = parameter("weight", weight, features)
     bias = None if bias is None else parameter("bias", bias, features)
-    neighbors = sites.block_neighbors(-(-(kernel // 2) // sites.block))
     if needs_grad(features, weight, bias):
         return _SparseDepthwiseConv2d.apply(features, weight, bias, neighbors, sites.block)
     return library.sparse_depthwise_conv2d_fwd.default(features, weight, bias, neighbors, sites.block)
 
 
-@torch.library.register_fake("convdit::sparse_depthwise_conv2d_fwd")
+@register_fake("sparse_depthwise_conv2d_fwd")
 def _(features, weight, bias, neighbors, block):
     return features.new_empty(features.shape)
 
 
-@torch.library.register_fake("convdit::sparse_depthwise_conv2d_input_grad")
+@register_fake("sparse_depthwise_conv2d_input_grad")
 def _(grad, weight, neighbors, block):
     return grad.new_empty(grad.shape)
 
 
-@torch.library.register_fake("convdit::sparse_depthwise_conv2d_weight_grad")
+@register_fake("sparse_depthwise_conv2d_weight_grad")
 def _(grad, features, neighbors, block, kernel_size):
     channels, dtype = features.shape[1], accumulate_dtype(features.dtype)
     weight = features.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)

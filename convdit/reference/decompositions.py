@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .adaln import gated_residual, layer_norm_modulate
 from .attention import packed_attention
@@ -30,15 +29,13 @@ def _depthwise_conv2d_fwd(x, weight, bias):
     return depthwise_conv2d(x, weight, bias)
 
 
-def _depthwise_conv2d_layer_norm_fwd(x, weight, bias, ln_weight, ln_bias, eps, save):
+def _depthwise_conv2d_layer_norm_fwd(x, weight, bias, ln_weight, ln_bias, eps):
     conv = depthwise_conv2d(x, weight, bias)
-    out = F.layer_norm(conv, conv.shape[-1:], ln_weight.to(x.dtype), ln_bias.to(x.dtype), eps)
-    kept = (conv, *_statistics(conv, eps)) if save else (conv.new_empty(0) for _ in range(3))
-    return out, *kept
+    return F.layer_norm(conv, conv.shape[-1:], ln_weight.to(x.dtype), ln_bias.to(x.dtype), eps)
 
 
 def _grn_fwd(x, weight, bias, eps, gelu):
-    return (gelu_grn if gelu else grn)(x, weight, bias, eps), _norm(F.gelu(x) if gelu else x)
+    return (gelu_grn if gelu else grn)(x, weight, bias, eps)
 
 
 def _gelu_tanh_fwd(x, bias):
@@ -52,11 +49,11 @@ def _convnext_block_fwd(*args):
 def _convnext_mlp_fwd(x, u, weight1, bias1, grn_weight, grn_bias, weight2, bias2, eps):
     hidden = F.linear(u, weight1, bias1)
     out = x + F.linear(gelu_grn(hidden, grn_weight, grn_bias, eps), weight2, bias2)
-    return out, hidden.flatten(0, 2), _norm(F.gelu(hidden))
+    return out, hidden.flatten(0, 2), F.gelu(hidden).square().sum((1, 2)).sqrt()
 
 
 def _layer_norm_modulate_fwd(x, shift, scale, eps):
-    return layer_norm_modulate(x, shift, scale, eps), *_statistics(x, eps)
+    return layer_norm_modulate(x, shift, scale, eps)
 
 
 def _gated_residual_fwd(x, y, gate):
@@ -65,23 +62,11 @@ def _gated_residual_fwd(x, y, gate):
 
 def _gated_residual_layer_norm_modulate_fwd(x, y, gate, shift, scale, eps):
     residual = gated_residual(x, y, gate)
-    return residual, *_layer_norm_modulate_fwd(residual, shift, scale, eps)
+    return residual, layer_norm_modulate(residual, shift, scale, eps)
 
 
-def _packed_attention_fwd(qkv, num_heads, scale, save):
-    q, k = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)[:2]
-    scores = (q * scale) @ k.transpose(-2, -1)
-    out = packed_attention(qkv, num_heads, scale)
-    return out, scores.logsumexp(-1).transpose(1, 2), out.new_empty((out.shape[0], 0, out.shape[2]))
-
-
-def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(x, -1, correction=0)
-    return mean, torch.rsqrt(variance + eps)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return x.square().sum((1, 2)).sqrt()
+def _packed_attention_fwd(qkv, num_heads, scale):
+    return packed_attention(qkv, num_heads, scale)
 
 
 _FORWARDS = (

@@ -2,7 +2,7 @@
 //
 //   residual = x + gate * y                                   (B, T, D); only where `branch` is given
 //   out      = (residual - mean) * rstd * (1 + scale) + shift        only where `out` is given
-//   mean, rstd over D, biased variance, rstd = 1/sqrt(var + eps)
+//   mean, rstd over D, biased variance, rstd = 1/sqrt(var + eps)     the forward's may be null
 //
 // Tensors of (B, T, D) are contiguous, in `dtype`; y and its gradient in `branch_dtype`, which is `dtype`, or bf16 or f16
 // beside a float32 x. gate, shift, scale and their gradients (B, D), mean and rstd (B, T) are contiguous and in

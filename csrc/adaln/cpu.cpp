@@ -108,7 +108,9 @@ void forward_rows(const Adaln& p, int64_t row) {
     });
   }
   if constexpr (Norm) {
-    A *means = static_cast<A*>(p.mean) + row, *rstds = static_cast<A*>(p.rstd) + row;
+    A unkept[2][R];
+    A* const means = p.mean != nullptr ? static_cast<A*>(p.mean) + row : unkept[0];
+    A* const rstds = p.mean != nullptr ? static_cast<A*>(p.rstd) + row : unkept[1];
     Vec<A> mean[R], rstd[R];
     for (int r = 0; r < R; ++r) {
       row_statistics<T>(residual + r * width, width, static_cast<A>(p.eps), moments.sums[r], moments.squares[r], means + r, rstds + r);

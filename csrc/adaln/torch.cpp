@@ -44,28 +44,38 @@ Adaln params(const Tensor& x) {
 
 // Large results are allocated after small ones, here and below: glibc gives the place of a freed aligned block to one of
 // the same size only where it can grow into what lies behind, else it takes new pages at every call.
+// `save`: with what the backward needs. Each tensor, and each more result of an operator, takes as long as a small kernel.
 struct Normalised {
-  Tensor out, mean, rstd;
-};
-Normalised allocate_normalised(Adaln& p, const Tensor& x, double eps) {
-  Normalised n;
-  n.mean = allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x), n.rstd = allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x);
-  n.out = allocate_like(x);
-  p.eps = eps;
-  p.out = n.out.mutable_data_ptr(), p.mean = n.mean.mutable_data_ptr(), p.rstd = n.rstd.mutable_data_ptr();
-  return n;
-}
+  std::optional<Tensor> mean, rstd;
+  Tensor out;
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_fwd(const Tensor& x_in, const Tensor& shift_in, const Tensor& scale_in, double eps) {
+  Normalised(Adaln& p, const Tensor& x, double eps, bool save) : mean(statistic(x, save)), rstd(statistic(x, save)), out(allocate_like(x)) {
+    p.eps = eps, p.out = out.mutable_data_ptr();
+    if (save) p.mean = mean->mutable_data_ptr(), p.rstd = rstd->mutable_data_ptr();
+  }
+  static std::optional<Tensor> statistic(const Tensor& x, bool save) {
+    if (!save) return std::nullopt;
+    return allocate({x.size(0), x.size(1)}, accumulate_dtype(x), x);
+  }
+};
+
+Normalised layer_norm_modulate(const Tensor& x_in, const Tensor& shift_in, const Tensor& scale_in, double eps, bool save) {
   check_x(x_in);
   const Tensor shift = check_parameter("shift", shift_in, {x_in.size(0), x_in.size(2)}, x_in);
   const Tensor scale = check_parameter("scale", scale_in, {x_in.size(0), x_in.size(2)}, x_in);
   const Tensor x = dense(x_in);
   Adaln p = params(x);
-  const Normalised n = allocate_normalised(p, x, eps);
+  Normalised n(p, x, eps, save);
   p.shift = shift.const_data_ptr(), p.scale = scale.const_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(adaln, forward, x, p);
-  return {n.out, n.mean, n.rstd};
+  return n;
+}
+Tensor layer_norm_modulate_fwd(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
+  return layer_norm_modulate(x, shift, scale, eps, false).out;
+}
+std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_fwd_save(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
+  const Normalised n = layer_norm_modulate(x, shift, scale, eps, true);
+  return {n.out, *n.mean, *n.rstd};
 }
 
 Tensor gated_residual_fwd(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in) {
@@ -81,9 +91,8 @@ Tensor gated_residual_fwd(const Tensor& x_in, const Tensor& y_in, const Tensor& 
   return residual;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_fwd(const Tensor& x_in, const Tensor& y_in,
-                                                                                  const Tensor& gate_in, const Tensor& shift_in,
-                                                                                  const Tensor& scale_in, double eps) {
+std::tuple<Tensor, Normalised> gated_residual_layer_norm_modulate(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in,
+                                                                  const Tensor& shift_in, const Tensor& scale_in, double eps, bool save) {
   check_x(x_in);
   const DType branch = check_branch(x_in, y_in);
   const Tensor gate = check_parameter("gate", gate_in, {x_in.size(0), x_in.size(2)}, x_in);
@@ -91,13 +100,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_fw
   const Tensor scale = check_parameter("scale", scale_in, {x_in.size(0), x_in.size(2)}, x_in);
   const Tensor x = dense(x_in), y = dense(y_in);
   Adaln p = params(x);
-  const Normalised n = allocate_normalised(p, x, eps);
+  Normalised n(p, x, eps, save);
   const Tensor residual = allocate_like(x);
   p.branch_dtype = branch;
   p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr(), p.residual = residual.mutable_data_ptr();
   p.shift = shift.const_data_ptr(), p.scale = scale.const_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(adaln, forward, x, p);
-  return {residual, n.out, n.mean, n.rstd};
+  return {residual, std::move(n)};
+}
+std::tuple<Tensor, Tensor> gated_residual_layer_norm_modulate_fwd(const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& shift,
+                                                                  const Tensor& scale, double eps) {
+  const auto [residual, n] = gated_residual_layer_norm_modulate(x, y, gate, shift, scale, eps, false);
+  return {residual, n.out};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_modulate_fwd_save(const Tensor& x, const Tensor& y, const Tensor& gate,
+                                                                                       const Tensor& shift, const Tensor& scale,
+                                                                                       double eps) {
+  const auto [residual, n] = gated_residual_layer_norm_modulate(x, y, gate, shift, scale, eps, true);
+  return {residual, n.out, *n.mean, *n.rstd};
 }
 
 // The gradients of the three; `like` gives shape, dtype and device of x.
@@ -107,9 +127,7 @@ AdalnBackward backward_params(const Tensor& like) {
   p.dtype = p.branch_dtype = dtype_of("x", like);
   return p;
 }
-Tensor workspace(const Tensor& x) {
-  return allocate({x.size(0), (x.size(1) + kAdalnChunk - 1) / kAdalnChunk, 3, x.size(2)}, accumulate_dtype(x), x);
-}
+int64_t workspace_size(const Tensor& x) { return x.size(0) * ((x.size(1) + kAdalnChunk - 1) / kAdalnChunk) * 3 * x.size(2); }
 Tensor parameter_gradient(const Tensor& x, ScalarType dtype) {  // zero where there is no token to sum over
   const auto shape = {x.size(0), x.size(2)};
   return x.numel() > 0 ? allocate(shape, dtype, x) : allocate_zeros(shape, dtype, x);
@@ -121,14 +139,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_bwd(const Tensor& grad_in
   check_x(x_in);
   check_shape("grad", grad_in, {x_in.size(0), x_in.size(1), x_in.size(2)});
   check_dtype("grad", grad_in, x_in.scalar_type());
-  const Tensor grad = dense(grad_in), x = dense(x_in), scale = dense(scale_in), work = workspace(x);
+  const Tensor grad = dense(grad_in), x = dense(x_in), scale = dense(scale_in);
+  Workspace work(workspace_size(x), accumulate_dtype(x), x);
   const Tensor grad_shift = parameter_gradient(x), grad_scale = parameter_gradient(x), grad_x = allocate_like(x);
   const Tensor mean = check_parameter("mean", mean_in, {x.size(0), x.size(1)}, x),
                rstd = check_parameter("rstd", rstd_in, {x.size(0), x.size(1)}, x);
   AdalnBackward p = backward_params(x);
   p.grad_out = grad.const_data_ptr(), p.residual = x.const_data_ptr(), p.scale = scale.const_data_ptr();
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr(), p.grad_x = grad_x.mutable_data_ptr();
-  p.grad_shift = grad_shift.mutable_data_ptr(), p.grad_scale = grad_scale.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
+  p.grad_shift = grad_shift.mutable_data_ptr(), p.grad_scale = grad_scale.mutable_data_ptr(), p.workspace = work.data();
   if (x.numel() > 0) CONVDIT_RUN(adaln, backward, x, p);
   return {grad_x, grad_shift, grad_scale};
 }
@@ -138,12 +157,13 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(const Tensor& grad_in, const Tenso
   const DType branch = check_branch(grad_in, y_in);
   bool narrow = false;
   const Tensor gate = check_gate(gate_in, grad_in, narrow);
-  const Tensor grad = dense(grad_in), y = dense(y_in), work = workspace(grad);
+  const Tensor grad = dense(grad_in), y = dense(y_in);
+  Workspace work(workspace_size(grad), accumulate_dtype(grad), grad);
   const Tensor grad_gate = narrow ? parameter_gradient(grad, grad.scalar_type()) : parameter_gradient(grad), grad_y = allocate_like(y);
   AdalnBackward p = backward_params(grad);
   p.branch_dtype = branch, p.narrow_gate = narrow;
   p.grad_residual = grad.const_data_ptr(), p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr();
-  p.grad_y = grad_y.mutable_data_ptr(), p.grad_gate = grad_gate.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
+  p.grad_y = grad_y.mutable_data_ptr(), p.grad_gate = grad_gate.mutable_data_ptr(), p.workspace = work.data();
   if (grad.numel() > 0) CONVDIT_RUN(adaln, backward, grad, p);
   if (grad_gate.scalar_type() != gate_in.scalar_type()) return {grad_y, torch::stable::to(grad_gate, gate_in.scalar_type())};
   return {grad_y, grad_gate};
@@ -157,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_mod
   check_x(residual_in);
   const DType branch = check_branch(residual_in, y_in);
   const Tensor grad_residual = dense(grad_residual_in), grad_out = dense(grad_out_in), residual = dense(residual_in);
-  const Tensor y = dense(y_in), gate = dense(gate_in), scale = dense(scale_in), work = workspace(residual);
+  const Tensor y = dense(y_in), gate = dense(gate_in), scale = dense(scale_in);
+  Workspace work(workspace_size(residual), accumulate_dtype(residual), residual);
   const Tensor grad_gate = parameter_gradient(residual), grad_shift = parameter_gradient(residual);
   const Tensor grad_scale = parameter_gradient(residual), grad_x = allocate_like(residual), grad_y = allocate_like(y);
   const Tensor mean = check_parameter("mean", mean_in, {residual.size(0), residual.size(1)}, residual);
@@ -168,19 +189,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_layer_norm_mod
   p.y = y.const_data_ptr(), p.gate = gate.const_data_ptr(), p.scale = scale.const_data_ptr();
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr(), p.grad_y = grad_y.mutable_data_ptr(), p.grad_gate = grad_gate.mutable_data_ptr();
-  p.grad_shift = grad_shift.mutable_data_ptr(), p.grad_scale = grad_scale.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
+  p.grad_shift = grad_shift.mutable_data_ptr(), p.grad_scale = grad_scale.mutable_data_ptr(), p.workspace = work.data();
   if (residual.numel() > 0) CONVDIT_RUN(adaln, backward, residual, p);
   return {grad_x, grad_y, grad_gate, grad_shift, grad_scale};
 }
 
 #ifdef CONVDIT_SCHEMAS
 CONVDIT_SCHEMAS(m) {
-  m.def("layer_norm_modulate_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor out, Tensor mean, Tensor rstd)");
+  m.def("layer_norm_modulate_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor");
+  m.def("layer_norm_modulate_fwd_save(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor out, Tensor mean, Tensor rstd)");
   m.def("layer_norm_modulate_bwd(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)");
   m.def("gated_residual_fwd(Tensor x, Tensor y, Tensor gate) -> Tensor");
   m.def("gated_residual_bwd(Tensor grad, Tensor y, Tensor gate) -> (Tensor, Tensor)");
   m.def(
       "gated_residual_layer_norm_modulate_fwd(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+      " -> (Tensor residual, Tensor out)");
+  m.def(
+      "gated_residual_layer_norm_modulate_fwd_save(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
       " -> (Tensor residual, Tensor out, Tensor mean, Tensor rstd)");
   m.def(
       "gated_residual_layer_norm_modulate_bwd(Tensor grad_residual, Tensor grad_out, Tensor residual, Tensor y, Tensor gate,"
@@ -190,10 +215,12 @@ CONVDIT_SCHEMAS(m) {
 
 CONVDIT_KERNELS(m) {
   m.impl("layer_norm_modulate_fwd", TORCH_BOX(&layer_norm_modulate_fwd));
+  m.impl("layer_norm_modulate_fwd_save", TORCH_BOX(&layer_norm_modulate_fwd_save));
   m.impl("layer_norm_modulate_bwd", TORCH_BOX(&layer_norm_modulate_bwd));
   m.impl("gated_residual_fwd", TORCH_BOX(&gated_residual_fwd));
   m.impl("gated_residual_bwd", TORCH_BOX(&gated_residual_bwd));
   m.impl("gated_residual_layer_norm_modulate_fwd", TORCH_BOX(&gated_residual_layer_norm_modulate_fwd));
+  m.impl("gated_residual_layer_norm_modulate_fwd_save", TORCH_BOX(&gated_residual_layer_norm_modulate_fwd_save));
   m.impl("gated_residual_layer_norm_modulate_bwd", TORCH_BOX(&gated_residual_layer_norm_modulate_bwd));
 }
 

@@ -16,7 +16,17 @@ namespace {
 
 constexpr int64_t kRows = 800;  // tokens that go through together, in whole sequences: a product with few rows is slow
 
-// What the steps write: matrices of a row a token, and vectors of the LayerNorm and the attention.
+// Without a cast: PyTorch's linear, which the parts take, has none.
+Tensor exact_parameter(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& x) {
+  check_dtype(name, t, ScalarType::Float);
+  return check_parameter(name, t, shape, x);
+}
+std::optional<Tensor> exact_bias(const char* name, const std::optional<Tensor>& t, int64_t size, const Tensor& x) {
+  if (!t) return t;
+  return exact_parameter(name, *t, {size}, x);
+}
+
+// What the steps write: matrices of a row a token, and vectors of the LayerNorm and the attention, or null.
 struct Steps {
   Matrix modulated, qkv, attended, y;
   void *mean, *rstd, *log_sum_exp;
@@ -39,11 +49,11 @@ struct HalfBlock {
         sequences(save ? batch : std::clamp<int64_t>(kRows / std::max<int64_t>(tokens, 1), 1, std::max<int64_t>(batch, 1))),
         eps(eps),
         x((check_dtype("x", x_in, ScalarType::Float), dense(x_in))),
-        modulation(check_parameter("modulation", modulation, {batch, 3, width}, x)),
-        qkv_weight(check_parameter("qkv_weight", qkv_weight, {3 * width, width}, x)),
-        proj_weight(check_parameter("proj_weight", proj_weight, {width, width}, x)),
-        qkv_bias(optional_vector("qkv_bias", qkv_bias, 3 * width, x)),
-        proj_bias(optional_vector("proj_bias", proj_bias, width, x)) {
+        modulation(exact_parameter("modulation", modulation, {batch, 3, width}, x)),
+        qkv_weight(exact_parameter("qkv_weight", qkv_weight, {3 * width, width}, x)),
+        proj_weight(exact_parameter("proj_weight", proj_weight, {width, width}, x)),
+        qkv_bias(exact_bias("qkv_bias", qkv_bias, 3 * width, x)),
+        proj_bias(exact_bias("proj_bias", proj_bias, width, x)) {
     CONVDIT_CHECK(heads >= 1 && width % heads == 0, "num_heads: expected a number of heads that divides D = ", width, ", got ", heads);
     if (x.numel() == 0) return;
     vectors = scratch.reserve(3 * batch * width);
@@ -93,16 +103,13 @@ Tensor adaln_zero_attention_fwd(const Tensor& x, const Tensor& modulation, const
   if (x.numel() == 0) return out;
   const int64_t rows = block.sequences * block.tokens, width = block.width;
   const int64_t narrow = block.scratch.reserve(rows * width), wide = block.scratch.reserve(rows * 3 * width);
-  const int64_t mean = block.scratch.reserve(rows), rstd = block.scratch.reserve(rows), sums = block.scratch.reserve(rows * num_heads);
   block.allocate_scratch();
   const Matrix all(out, block.batch * block.tokens, width);
   for (int64_t first = 0; first < block.batch; first += block.sequences) {
     const int64_t count = std::min(block.sequences, block.batch - first), here = count * block.tokens;
     // A step may write over what only the step before its own has read.
     const Matrix in = block.scratch.matrix(narrow, here, width), qkv = block.scratch.matrix(wide, here, 3 * width);
-    block.run(first, count,
-              {in, qkv, in, block.scratch.matrix(wide, here, width), block.scratch.place(mean), block.scratch.place(rstd),
-               block.scratch.place(sums)},
+    block.run(first, count, {in, qkv, in, block.scratch.matrix(wide, here, width), nullptr, nullptr, nullptr},
               all.row_range(first * block.tokens, here));
   }
   return out;

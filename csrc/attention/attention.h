@@ -29,7 +29,7 @@ struct Attention {
   double scale;
   DType dtype;
   const void* qkv;
-  void *out, *log_sum_exp;  // outputs of the forward, inputs of the backward
+  void *out, *log_sum_exp;  // outputs of the forward, inputs of the backward; the CPU's forward takes a null log_sum_exp
   void* rest;  // the same, as out, of bf16 and f16; may be null
   float* scratch;  // on the CPU: as many values as the kernels' table says
 };

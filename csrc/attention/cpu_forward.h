@@ -59,7 +59,7 @@ void forward(const Attention& p, const Runner& run) {
     const T* q = queries_of(sample, head);
     const T *k = q + out_step, *v = k + out_step;
     T* result = static_cast<T*>(p.out) + sample * p.tokens * out_step + head * d;
-    float* log_sum_exp = static_cast<float*>(p.log_sum_exp) + sample * p.tokens * p.heads + head;
+    float* log_sum_exp = p.log_sum_exp == nullptr ? nullptr : static_cast<float*>(p.log_sum_exp) + sample * p.tokens * p.heads + head;
     float *keys = scratch + at.keys, *values = scratch + at.values, *queries = scratch + at.queries, *scores = scratch + at.scores;
     const Cut tiles(part.last - part.first, kRows);
     for (int64_t block = 0; block < at.blocks.parts; ++block) {
@@ -105,7 +105,7 @@ void forward(const Attention& p, const Runner& run) {
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t token = part.first + first + row;
           write_row(out + row * at.width, d, 1 / sums[row], result + token * out_step);
-          log_sum_exp[token * p.heads] = scale.of_products * largest[row] + ::logf(sums[row]);
+          if (log_sum_exp != nullptr) log_sum_exp[token * p.heads] = scale.of_products * largest[row] + ::logf(sums[row]);
         }
       }
     }

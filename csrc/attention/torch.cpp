@@ -34,7 +34,11 @@ Shape shape_of(const Tensor& qkv, int64_t heads) {
   return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
 }
 
-Tensor no_rest(const Tensor& qkv, const Shape& s) { return allocate({s.batch, 0, s.heads * s.head_dim}, qkv.scalar_type(), qkv); }
+// What a forward gives; but for `out`, only where the backward is to have it.
+struct Results {
+  Tensor out;
+  std::optional<Tensor> log_sum_exp, rest;
+};
 
 Attention params(const Tensor& qkv, const Shape& s, double scale) {
   Attention p{};
@@ -59,15 +63,16 @@ Tensor in_vectors(const Tensor& t, const Shape& s) {
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool save) {
+Results forward(const Tensor& qkv_in, const Shape& s, double scale, bool save) {
   const Tensor qkv = in_vectors(qkv_in, s);
   const bool rounds = qkv.element_size() == 2;
   const Tensor out = allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
-  const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv);
-  const Tensor rest = save && rounds ? allocate_like(out) : no_rest(qkv, s);
+  const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv);  // the kernels write it always
+  std::optional<Tensor> rest;
+  if (save && rounds) rest = allocate_like(out);
   Attention p = params(qkv, s, scale);
   p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  if (rest.numel() > 0) p.rest = rest.mutable_data_ptr();
+  if (rest) p.rest = rest->mutable_data_ptr();
   CONVDIT_RUN(attention, forward, qkv, p);
   return {out, log_sum_exp, rest};
 }
@@ -106,7 +111,7 @@ Tensor heads_together(const Tensor& t, const Shape& s, int64_t size) {
 // The kernels read rows of d without gaps.
 Tensor rows_without_gaps(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
 
-std::tuple<Tensor, Tensor, Tensor> forward_by_pytorch(const Tensor& qkv, const Shape& s, double scale) {
+Results forward_by_pytorch(const Tensor& qkv, const Shape& s, double scale) {
   StableIValue stack[7] = {from(third(qkv, s, 0)),
                            from(third(qkv, s, 1)),
                            from(third(qkv, s, 2)),
@@ -116,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_by_pytorch(const Tensor& qkv, const S
                            from(std::optional<double>(scale))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack, TORCH_ABI_VERSION));
   const Tensor out = to<Tensor>(stack[0]), log_sum_exp = to<Tensor>(stack[1]);
-  return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads), no_rest(qkv, s)};
+  return {heads_together(out, s, s.heads * s.head_dim), heads_together(log_sum_exp, s, s.heads), std::nullopt};
 }
 
 void backward_by_pytorch(const Tensor& grad_in, const Tensor& qkv, const Tensor& out_in, const Tensor& log_sum_exp, const Tensor& grad_qkv,
@@ -159,19 +164,20 @@ bool by_pytorch(const Tensor& qkv, const Shape& s, bool backward) {
   return large && multiplies_tiles() && !own_products();
 }
 
-constexpr int64_t kFewFloats = 16384;  // of scratch, on the stack
+constexpr int64_t kFewBytes = 1 << 16;  // of scratch, on the stack
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& qkv_in, const Shape& s, double scale, bool) {
+Results forward(const Tensor& qkv_in, const Shape& s, double scale, bool save) {
   const Tensor qkv = rows_without_gaps(qkv_in);
   if (by_pytorch(qkv, s, false)) return forward_by_pytorch(qkv, s, scale);
   const Tensor out = allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
-  const Tensor log_sum_exp = allocate({s.batch, s.tokens, s.heads}, ScalarType::Float, qkv);
   Attention p = params(qkv, s, scale);
-  p.out = out.mutable_data_ptr(), p.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  Workspace<kFewFloats> scratch(attention_table().forward_scratch(p, torch::stable::get_num_threads()), qkv);
-  p.scratch = scratch.place();
+  p.out = out.mutable_data_ptr();
+  std::optional<Tensor> log_sum_exp;
+  if (save) log_sum_exp = allocate({s.batch, s.tokens, s.heads}, ScalarType::Float, qkv), p.log_sum_exp = log_sum_exp->mutable_data_ptr();
+  Workspace<kFewBytes> scratch(attention_table().forward_scratch(p, torch::stable::get_num_threads()), ScalarType::Float, qkv);
+  p.scratch = static_cast<float*>(scratch.data());
   CONVDIT_RUN(attention, forward, qkv, p);
-  return {out, log_sum_exp, no_rest(qkv, s)};
+  return {out, log_sum_exp, std::nullopt};
 }
 
 void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in, const Tensor& log_sum_exp_in, const Tensor&,
@@ -181,20 +187,28 @@ void backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& out_in,
   const Tensor grad = dense(grad_in), out = dense(out_in), log_sum_exp = dense(log_sum_exp_in);
   AttentionBackward b{params(qkv, s, scale), grad.const_data_ptr(), grad_qkv.mutable_data_ptr()};
   b.forward.out = out.mutable_data_ptr(), b.forward.log_sum_exp = log_sum_exp.mutable_data_ptr();
-  Workspace<kFewFloats> scratch(attention_table().backward_scratch(b.forward, torch::stable::get_num_threads()), qkv);
-  b.forward.scratch = scratch.place();
+  Workspace<kFewBytes> scratch(attention_table().backward_scratch(b.forward, torch::stable::get_num_threads()), ScalarType::Float, qkv);
+  b.forward.scratch = static_cast<float*>(scratch.data());
   CONVDIT_RUN(attention, backward, qkv, b);
 }
 
 #endif
 
-// `save`: with what the backward needs.
-std::tuple<Tensor, Tensor, Tensor> packed_attention_fwd(const Tensor& qkv, int64_t num_heads, double scale, bool save) {
+Tensor packed_attention_fwd(const Tensor& qkv, int64_t num_heads, double scale) {
   const Shape s = shape_of(qkv, num_heads);
+  if (qkv.numel() == 0) return allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
+  return forward(qkv, s, scale, false).out;
+}
+
+// And what the backward needs.
+std::tuple<Tensor, Tensor, Tensor> packed_attention_fwd_save(const Tensor& qkv, int64_t num_heads, double scale) {
+  const Shape s = shape_of(qkv, num_heads);
+  const Tensor no_rest = allocate({s.batch, 0, s.heads * s.head_dim}, qkv.scalar_type(), qkv);
   if (qkv.numel() == 0)
     return {allocate({s.batch, s.tokens, s.heads * s.head_dim}, qkv.scalar_type(), qkv),
-            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv), no_rest(qkv, s)};
-  return forward(qkv, s, scale, save);
+            allocate_zeros({s.batch, s.tokens, s.heads}, accumulate_dtype(qkv), qkv), no_rest};
+  const Results r = forward(qkv, s, scale, true);
+  return {r.out, *r.log_sum_exp, r.rest.value_or(no_rest)};
 }
 
 Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& log_sum_exp, const Tensor& rest,
@@ -219,7 +233,8 @@ Tensor packed_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&
 
 #ifdef CONVDIT_SCHEMAS
 CONVDIT_SCHEMAS(m) {
-  m.def("packed_attention_fwd(Tensor qkv, int num_heads, float scale, bool save) -> (Tensor out, Tensor log_sum_exp, Tensor rest)");
+  m.def("packed_attention_fwd(Tensor qkv, int num_heads, float scale) -> Tensor");
+  m.def("packed_attention_fwd_save(Tensor qkv, int num_heads, float scale) -> (Tensor out, Tensor log_sum_exp, Tensor rest)");
   m.def(
       "packed_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor log_sum_exp, Tensor rest, int num_heads, float scale)"
       " -> Tensor");
@@ -228,6 +243,7 @@ CONVDIT_SCHEMAS(m) {
 
 CONVDIT_KERNELS(m) {
   m.impl("packed_attention_fwd", TORCH_BOX(&packed_attention_fwd));
+  m.impl("packed_attention_fwd_save", TORCH_BOX(&packed_attention_fwd_save));
   m.impl("packed_attention_bwd", TORCH_BOX(&packed_attention_bwd));
 }
 

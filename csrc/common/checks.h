@@ -61,15 +61,16 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-inline DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
+inline DType dtype_of(const char* name, ScalarType type) {
+  switch (type) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
-    default: fail(name, ": expected float32, float64, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
+    default: fail(name, ": expected float32, float64, bfloat16 or float16, got ", dtype_name(type));
   }
 }
+inline DType dtype_of(const char* name, const Tensor& t) { return dtype_of(name, t.scalar_type()); }
 
 // The dtype that per-channel parameters and statistics of x have: float32, or float64 for float64.
 inline ScalarType accumulate_dtype(const Tensor& x) {
@@ -98,12 +99,16 @@ inline void check_same_device(const char* name, const Tensor& t, const char* oth
                 other_name, ", got another one");
 }
 
-// A per-channel parameter of x: right shape, x's device, accumulate dtype; contiguous on return.
+// A per-channel parameter of x: right shape, x's device, of the accumulate dtype or a half beside float32; of the accumulate dtype and
+// contiguous on return.
 inline Tensor check_parameter(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& x) {
   check_same_device(name, t, "x", x);
   check_shape(name, t, shape);
-  check_dtype(name, t, accumulate_dtype(x));
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const ScalarType wanted = accumulate_dtype(x), got = t.scalar_type();
+  const bool half = got == ScalarType::BFloat16 || got == ScalarType::Half;
+  if (!half || wanted != ScalarType::Float) check_dtype(name, t, wanted);
+  const Tensor wide = half ? torch::stable::to(t, wanted) : t;
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 
 inline std::optional<Tensor> optional_vector(const char* name, const std::optional<Tensor>& t, int64_t size, const Tensor& x) {
@@ -130,18 +135,22 @@ inline Tensor in_huge_pages(Tensor t) {
   return t;
 }
 
-// A fresh contiguous tensor on the device of `like`. Not new_empty(), whose way through the dispatcher takes several times as long.
-inline Tensor allocate_sizes(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+// A fresh contiguous tensor. Not new_empty(), whose way through the dispatcher takes several times as long.
+inline Tensor allocate_on(int32_t device_type, int32_t device_index, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   constexpr size_t kMaxDim = 8;
   CONVDIT_CHECK(sizes.size() <= kMaxDim, "tensor: expected at most ", kMaxDim, " dimensions, got ", sizes.size());
   int64_t strides[kMaxDim], next = 1;
   for (size_t i = sizes.size(); i-- > 0; next *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = next;
-  int32_t device_type = 0;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, shim_dtype(dtype),
-                                                         device_type, like.get_device_index(), &handle));
+                                                         device_type, device_index, &handle));
   return in_huge_pages(Tensor(handle));
+}
+// On the device of `like`.
+inline Tensor allocate_sizes(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return allocate_on(device_type, like.get_device_index(), sizes, dtype);
 }
 inline Tensor allocate(std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) {
   return allocate_sizes({shape.begin(), shape.size()}, dtype, like);
@@ -152,6 +161,38 @@ inline Tensor allocate_zeros(std::initializer_list<int64_t> shape, ScalarType dt
 inline Tensor allocate_like(const Tensor& t) {  // contiguous, whatever t's strides
   return allocate_sizes(t.sizes(), t.scalar_type(), t);
 }
+
+inline int64_t bytes_of(ScalarType dtype) {  // of the four dtypes
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// Memory that a kernel needs for itself. On a CPU little of it, kFewBytes, lies here, on the stack: a call on few values is mostly
+// allocations.
+template <int64_t kFewBytes = 16384>
+class Workspace {
+ public:
+#ifdef CONVDIT_DEVICE_CUDA
+  Workspace(int64_t count, ScalarType dtype, const Tensor& like) : large_(allocate({count}, dtype, like)) {}
+  void* data() { return large_.mutable_data_ptr(); }
+#else
+  Workspace(int64_t count, ScalarType dtype) {
+    const int64_t sizes[] = {count};
+    if (count * bytes_of(dtype) > kFewBytes) large_ = allocate_on(aoti_torch_device_type_cpu(), -1, sizes, dtype);
+  }
+  Workspace(int64_t count, ScalarType dtype, const Tensor&) : Workspace(count, dtype) {}
+  void* data() { return large_ ? large_->mutable_data_ptr() : few_; }
+#endif
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+ private:
+#ifdef CONVDIT_DEVICE_CUDA
+  Tensor large_;
+#else
+  alignas(64) char few_[kFewBytes];
+  std::optional<Tensor> large_;
+#endif
+};
 
 // Part of t's memory, from `offset` elements on, as a tensor of another shape that autograd knows nothing of. Each narrow(), transpose() or
 // detach() would go through the dispatcher.

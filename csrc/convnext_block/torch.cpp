@@ -153,7 +153,7 @@ struct Mlp {
       CONVDIT_RUN(convnext_block, fold_scale, weight1, s);
     }
     multiply(wide_part, (fold ? maps.matrix(folded, channels, hidden) : Matrix(weight2)).transposed(), product);
-    AddResidual r{count * sites, channels, dtype_of("x", x.memory), dtype(), x.values(), product.values(), shift, out.place()};
+    AddResidual r{count * sites, channels, dtype_of("x", x.dtype), dtype(), x.values(), product.values(), shift, out.place()};
     CONVDIT_RUN(convnext_block, add_residual, weight1, r);
   }
 };
@@ -234,11 +234,11 @@ std::tuple<Tensor, Tensor, Tensor> convnext_mlp_fwd(const Tensor& x_in, const Te
   check_branch(x_in, "u", u_in);
   check_dim("pwconv1_weight", pwconv1_weight, 2, "(D, C)");
   Mlp mlp(u_in, u_in.scalar_type(), pwconv1_weight, pwconv1_bias, grn_weight, grn_bias, pwconv2_weight, pwconv2_bias, eps);
-  const Tensor x_map = dense(x_in), out = allocate_like(x_map);
+  const Tensor x_map = dense(x_in), u_map = dense(u_in), out = allocate_like(x_map);
   const Tensor hidden = allocate({mlp.batch * mlp.sites, mlp.hidden}, mlp.branch, x_map);
   if (x_map.numel() == 0) return {out, hidden, allocate_zeros({mlp.batch, mlp.hidden}, mlp.wide, x_map)};
   const Tensor norm = allocate({mlp.batch, mlp.hidden}, mlp.wide, x_map);
-  const Matrix x = rows_of(x_map), u = rows_of(dense(u_in)), out_rows = rows_of(out), hidden_rows(hidden), norm_rows(norm);
+  const Matrix x = rows_of(x_map), u = rows_of(u_map), out_rows = rows_of(out), hidden_rows(hidden), norm_rows(norm);
   const int64_t wide_at = mlp.reserve_map(mlp.hidden), product_at = mlp.reserve_map(mlp.channels);
   mlp.allocate_scratch();
   mlp.prepare_forward();
@@ -327,7 +327,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> convnext_mlp_bwd(
     torch::stable::zero_(all.weight1.sum), torch::stable::zero_(all.weight2.sum);
     return results();
   }
-  const Matrix u = rows_of(u_map), grad = rows_of(dense(grad_in)), hidden(dense(hidden_in)), norms(all_norms);
+  const Tensor grad_map = dense(grad_in), all_hidden = dense(hidden_in);
+  const Matrix u = rows_of(u_map), grad = rows_of(grad_map), hidden(all_hidden), norms(all_norms);
   const int64_t wide_at = mlp.reserve_map(mlp.hidden), wide_grad_at = mlp.reserve_map(mlp.hidden);
   mlp.allocate_scratch();
   mlp.for_shares([&](const Mlp& own, int64_t first, int64_t count, int64_t copy, bool add) {

@@ -35,29 +35,27 @@ std::optional<Tensor> check_bias(const std::optional<Tensor>& bias, const Tensor
   return check_parameter("bias", *bias, {x.size(3)}, x);
 }
 
-struct Convolution {
-  DepthwiseConv params;
-  Tensor packed;
-};
 // Without the result, which the callers allocate last: glibc gives the place of a freed aligned block to one of the same size
 // only where it can grow into what lies behind, else it takes new pages at every call.
-Convolution convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool flip) {
-  const int64_t kernel = weight.size(3);
-  Convolution c{DepthwiseConv{}, allocate({kernel * kernel, padded_channels(x.size(3))}, accumulate_dtype(x), x)};
-  DepthwiseConv& p = c.params;
-  p.batch = x.size(0), p.height = x.size(1), p.width = x.size(2), p.channels = x.size(3), p.kernel = kernel;
-  p.dtype = dtype_of("x", x), p.flip = flip;
-  p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = bias ? bias->const_data_ptr() : nullptr;
-  p.packed = c.packed.mutable_data_ptr();
-  return c;
-}
+struct Convolution {
+  DepthwiseConv params{};
+  Workspace<> packed;
+
+  Convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool flip)
+      : packed(weight.size(3) * weight.size(3) * padded_channels(x.size(3)), accumulate_dtype(x), x) {
+    params.batch = x.size(0), params.height = x.size(1), params.width = x.size(2), params.channels = x.size(3);
+    params.kernel = weight.size(3), params.dtype = dtype_of("x", x), params.flip = flip;
+    params.x = x.const_data_ptr(), params.weight = weight.const_data_ptr(), params.bias = data(bias);
+    params.packed = packed.data();
+  }
+};
 
 Tensor depthwise_conv2d_fwd(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in) {
   check_map("x", x_in);
   const Tensor weight = check_weight(weight_in, x_in);
   const std::optional<Tensor> bias = check_bias(bias_in, x_in);
   const Tensor x = dense(x_in);
-  Convolution c = convolution(x, weight, bias, false);
+  Convolution c(x, weight, bias, false);
   const Tensor y = allocate_like(x);
   c.params.y = y.mutable_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(depthwise_conv, forward, x, c.params);
@@ -68,7 +66,7 @@ Tensor depthwise_conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_i
   check_map("grad", grad_in);
   const Tensor weight = check_weight(weight_in, grad_in);
   const Tensor grad = dense(grad_in);
-  Convolution c = convolution(grad, weight, std::nullopt, true);
+  Convolution c(grad, weight, std::nullopt, true);
   const Tensor grad_x = allocate_like(grad);
   c.params.y = grad_x.mutable_data_ptr();
   if (grad.numel() > 0) CONVDIT_RUN(depthwise_conv, forward, grad, c.params);
@@ -105,35 +103,49 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad_in, c
   p.grad = grad.const_data_ptr(), p.x = x.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
   p.parts = sum_parts(p.batch * p.height, std::max<int64_t>(1, kPartSites / p.width), padded_channels(channels) / kChannelMultiple);
-  const Tensor work = allocate({p.parts, kernel * kernel + 1, padded_channels(channels)}, dtype, x);
-  p.workspace = work.mutable_data_ptr();
+  Workspace work(p.parts * (kernel * kernel + 1) * padded_channels(channels), dtype, x);
+  p.workspace = work.data();
   CONVDIT_RUN(depthwise_conv, weight_grad, x, p);
   return {grad_weight, grad_bias};
 }
 
-// `save`: also what the backward needs, the convolution's output and each site's mean and 1/deviation; else empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_fwd(const Tensor& x_in, const Tensor& weight_in,
-                                                                           const std::optional<Tensor>& bias_in, const Tensor& ln_weight_in,
-                                                                           const Tensor& ln_bias_in, double eps, bool save) {
+// What the backward needs: the convolution's output and each site's mean and 1/deviation.
+struct Kept {
+  Tensor mean, rstd, conv;
+
+  explicit Kept(const Tensor& x)
+      : mean(allocate({x.size(0), x.size(1), x.size(2)}, accumulate_dtype(x), x)), rstd(allocate_like(mean)), conv(allocate_like(x)) {}
+};
+
+Tensor convolve_and_normalise(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& ln_weight_in,
+                              const Tensor& ln_bias_in, double eps, std::optional<Kept>* kept = nullptr) {
   check_map("x", x_in);
   const Tensor weight = check_weight(weight_in, x_in);
   const std::optional<Tensor> bias = check_bias(bias_in, x_in);
   const Tensor ln_weight = check_parameter("ln_weight", ln_weight_in, {x_in.size(3)}, x_in);
   const Tensor ln_bias = check_parameter("ln_bias", ln_bias_in, {x_in.size(3)}, x_in);
   const Tensor x = dense(x_in);
-  const auto statistic = [&] {
-    return save ? allocate({x.size(0), x.size(1), x.size(2)}, accumulate_dtype(x), x) : allocate({0}, accumulate_dtype(x), x);
-  };
-  const Tensor mean = statistic(), rstd = statistic();
-  const Convolution c = convolution(x, weight, bias, false);
-  const Tensor conv = save ? allocate_like(x) : allocate({0}, x.scalar_type(), x), out = allocate_like(x);
+  const Convolution c(x, weight, bias, false);
+  if (kept) kept->emplace(x);
+  const Tensor out = allocate_like(x);
   DepthwiseConvLayerNorm p{};
   p.conv = c.params, p.eps = eps;
-  p.conv.y = (save ? conv : out).mutable_data_ptr();
+  p.conv.y = (kept ? (*kept)->conv : out).mutable_data_ptr();
   p.ln_weight = ln_weight.const_data_ptr(), p.ln_bias = ln_bias.const_data_ptr(), p.out = out.mutable_data_ptr();
-  if (save) p.mean = mean.mutable_data_ptr(), p.rstd = rstd.mutable_data_ptr();
+  if (kept) p.mean = (*kept)->mean.mutable_data_ptr(), p.rstd = (*kept)->rstd.mutable_data_ptr();
   if (x.numel() > 0) CONVDIT_RUN(depthwise_conv, forward_layer_norm, x, p);
-  return {out, conv, mean, rstd};
+  return out;
+}
+Tensor depthwise_conv2d_layer_norm_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& ln_weight,
+                                       const Tensor& ln_bias, double eps) {
+  return convolve_and_normalise(x, weight, bias, ln_weight, ln_bias, eps);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_fwd_save(const Tensor& x, const Tensor& weight,
+                                                                                const std::optional<Tensor>& bias, const Tensor& ln_weight,
+                                                                                const Tensor& ln_bias, double eps) {
+  std::optional<Kept> kept;
+  const Tensor out = convolve_and_normalise(x, weight, bias, ln_weight, ln_bias, eps, &kept);
+  return {out, kept->conv, kept->mean, kept->rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(const Tensor& grad_in, const Tensor& conv_in, const Tensor& ln_weight_in,
@@ -155,9 +167,10 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_layer_norm_bwd(const Tensor&
   p.mean = mean.const_data_ptr(), p.rstd = rstd.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr();
   p.parts = sum_parts(ceil_div(p.rows, 16), p.rows, 1);
-  const Tensor work = allocate({p.parts, 2, channels}, dtype, conv), grad_conv = allocate_like(conv);
+  Workspace work(p.parts * 2 * channels, dtype, conv);
+  const Tensor grad_conv = allocate_like(conv);
   p.grad_x = grad_conv.mutable_data_ptr();
-  p.workspace = work.mutable_data_ptr();
+  p.workspace = work.data();
   CONVDIT_RUN(depthwise_conv, layer_norm_backward, conv, p);
   return {grad_conv, grad_weight, grad_bias};
 }
@@ -167,8 +180,9 @@ CONVDIT_SCHEMAS(m) {
   m.def("depthwise_conv2d_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("depthwise_conv2d_input_grad(Tensor grad, Tensor weight) -> Tensor");
   m.def("depthwise_conv2d_weight_grad(Tensor grad, Tensor x, int kernel_size) -> (Tensor, Tensor)");
+  m.def("depthwise_conv2d_layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor ln_weight, Tensor ln_bias, float eps) -> Tensor");
   m.def(
-      "depthwise_conv2d_layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor ln_weight, Tensor ln_bias, float eps, bool save)"
+      "depthwise_conv2d_layer_norm_fwd_save(Tensor x, Tensor weight, Tensor? bias, Tensor ln_weight, Tensor ln_bias, float eps)"
       " -> (Tensor out, Tensor conv, Tensor mean, Tensor rstd)");
   m.def(
       "depthwise_conv2d_layer_norm_bwd(Tensor grad, Tensor conv, Tensor ln_weight, Tensor mean, Tensor rstd)"
@@ -181,6 +195,7 @@ CONVDIT_KERNELS(m) {
   m.impl("depthwise_conv2d_input_grad", TORCH_BOX(&depthwise_conv2d_input_grad));
   m.impl("depthwise_conv2d_weight_grad", TORCH_BOX(&depthwise_conv2d_weight_grad));
   m.impl("depthwise_conv2d_layer_norm_fwd", TORCH_BOX(&depthwise_conv2d_layer_norm_fwd));
+  m.impl("depthwise_conv2d_layer_norm_fwd_save", TORCH_BOX(&depthwise_conv2d_layer_norm_fwd_save));
   m.impl("depthwise_conv2d_layer_norm_bwd", TORCH_BOX(&depthwise_conv2d_layer_norm_bwd));
 }
 

@@ -8,10 +8,10 @@
 namespace convdit {
 namespace {
 
-// x's leading axes as one; a copy where they cannot be.
+// The leading axes of a contiguous x as one.
 Matrix matrix_of(const Tensor& x) {
   const int64_t width = x.size(x.dim() - 1);
-  return {dense(x), width > 0 ? x.numel() / width : 0, width};
+  return {x, width > 0 ? x.numel() / width : 0, width};
 }
 
 // Of x's shape but for the last axis.
@@ -41,9 +41,9 @@ void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
 Tensor linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_linear(x, weight, bias);
   const int64_t n = weight.size(0), k = weight.size(1);
-  if (k > 0 && by_our_product(x, x.numel() / k, n, k)) {
-    const Tensor out = allocate_last(x, n);
-    multiply_here(matrix_of(x), Matrix(weight).transposed(), bias ? std::optional<Tensor>(dense(*bias)) : bias, matrix_of(out));
+  if (k > 0 && by_our_product(x.scalar_type(), x.numel() / k, n, k)) {
+    const Tensor rows = dense(x), out = allocate_last(x, n);
+    multiply_here(matrix_of(rows), Matrix(weight).transposed(), bias ? std::optional<Tensor>(dense(*bias)) : bias, matrix_of(out));
     return out;
   }
   using torch::stable::detail::from;
@@ -64,7 +64,8 @@ Tensor packed_qkv(const Tensor& x, const Tensor& q_weight, const std::optional<T
     if (out.numel() > 0) fail("x: expected a last size of at least 1, got shape ", describe(x));
     return out;
   }
-  const Matrix rows = matrix_of(x), all = matrix_of(out);
+  const Tensor x_rows = dense(x);
+  const Matrix rows = matrix_of(x_rows), all = matrix_of(out);
   for (const auto& [weight, bias] : layers) {
     multiply_linear(rows, Matrix(weight), bias ? std::optional<Tensor>(dense(*bias)) : bias, all.column_range(column, weight.size(0)));
     column += weight.size(0);
@@ -82,9 +83,10 @@ std::tuple<Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& x, const
   check_dtype("grad", grad, x.scalar_type());
   const Tensor grad_x = need_x ? allocate_like(x) : allocate({0}, x.scalar_type(), x);
   const Tensor grad_weight = need_weight ? allocate_like(weight) : allocate({0}, x.scalar_type(), x);
-  const Matrix rows = matrix_of(grad);
+  const Tensor grad_rows = dense(grad), x_rows = dense(x);
+  const Matrix rows = matrix_of(grad_rows);
   if (need_x) multiply(rows, Matrix(weight), matrix_of(grad_x));
-  if (need_weight) multiply(rows.transposed(), matrix_of(x), Matrix(grad_weight));
+  if (need_weight) multiply(rows.transposed(), matrix_of(x_rows), Matrix(grad_weight));
   return {grad_x, grad_weight};
 }
 

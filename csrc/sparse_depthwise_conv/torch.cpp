@@ -36,31 +36,29 @@ Tensor check_weight(const Tensor& weight, const char* name, const Tensor& featur
 int64_t padded(int64_t channels) { return (channels + kSparseDepthwisePadding - 1) / kSparseDepthwisePadding * kSparseDepthwisePadding; }
 
 // Room for a copy in float32 of features in halves: the CPU kernels read each about ten times, and convert it once.
-Tensor wide_copy(const Tensor& features) {
-#ifdef CONVDIT_DEVICE_CUDA
-  return allocate({0}, ScalarType::Float, features);
+std::optional<Tensor> wide_copy(const Tensor& features) {
+#ifndef CONVDIT_DEVICE_CUDA
+  if (features.element_size() == 2) return allocate({features.numel()}, ScalarType::Float, features);
 #endif
-  const bool half = features.scalar_type() == ScalarType::BFloat16 || features.scalar_type() == ScalarType::Half;
-  return allocate({half ? features.numel() : 0}, ScalarType::Float, features);
+  return std::nullopt;
 }
-float* room(const Tensor& copy) { return copy.numel() > 0 ? static_cast<float*>(copy.mutable_data_ptr()) : nullptr; }
+float* room(const std::optional<Tensor>& copy) { return copy ? static_cast<float*>(copy->mutable_data_ptr()) : nullptr; }
 
 Tensor convolve(const char* name, const Tensor& features_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
                 const Tensor& neighbors_in, int64_t block, bool flip) {
   const Tensor weight = check_weight(weight_in, name, features_in);
   const int64_t kernel = weight.size(2), blocks = check_features(name, features_in, neighbors_in, block, kernel);
   const int64_t channels = features_in.size(1);
-  Tensor bias;
-  if (bias_in) bias = check_parameter("bias", *bias_in, {channels}, features_in);
+  const std::optional<Tensor> bias = optional_vector("bias", bias_in, channels, features_in);
   const Tensor features = dense(features_in), neighbors = dense(neighbors_in), y = allocate_like(features);
   if (features.numel() == 0) return y;
-  const Tensor work = allocate({kernel * kernel, padded(channels)}, accumulate_dtype(features), features);
-  const Tensor wide_x = wide_copy(features), wide_y = wide_copy(features);
+  Workspace work(kernel * kernel * padded(channels), accumulate_dtype(features), features);
+  const std::optional<Tensor> wide_x = wide_copy(features), wide_y = wide_copy(features);
   SparseDepthwise p{};
   p.blocks = blocks, p.block = block, p.kernel = kernel, p.channels = channels, p.dtype = dtype_of(name, features), p.flip = flip;
   p.neighbors = static_cast<const int32_t*>(neighbors.const_data_ptr());
-  p.x = features.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = bias_in ? bias.const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
+  p.x = features.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = data(bias);
+  p.y = y.mutable_data_ptr(), p.workspace = work.data();
   p.wide_x = room(wide_x), p.wide_y = room(wide_y);
   CONVDIT_RUN(sparse_depthwise, forward, features, p);
   return y;
@@ -91,13 +89,13 @@ std::tuple<Tensor, Tensor> sparse_depthwise_conv2d_weight_grad(const Tensor& gra
 #else
   const int64_t parts = sparse_depthwise_chunks(blocks, block);
 #endif
-  const Tensor work = allocate({parts, kernel * kernel + 1, padded(channels)}, wide, features);
-  const Tensor wide_grad = wide_copy(grad), wide_x = wide_copy(features);
+  Workspace work(parts * (kernel * kernel + 1) * padded(channels), wide, features);
+  const std::optional<Tensor> wide_grad = wide_copy(grad), wide_x = wide_copy(features);
   SparseDepthwiseWeightGrad p{};
   p.blocks = blocks, p.block = block, p.kernel = kernel, p.channels = channels, p.dtype = dtype_of("features", features);
   p.neighbors = static_cast<const int32_t*>(neighbors.const_data_ptr());
   p.grad = grad.const_data_ptr(), p.x = features.const_data_ptr();
-  p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr(), p.workspace = work.mutable_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr(), p.grad_bias = grad_bias.mutable_data_ptr(), p.workspace = work.data();
   p.wide_grad = room(wide_grad), p.wide_x = room(wide_x);
   CONVDIT_RUN(sparse_depthwise, weight_grad, features, p);
   return {grad_weight, grad_bias};

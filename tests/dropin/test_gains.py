@@ -12,7 +12,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 import convdit
-from convdit.dropin import dit
+from convdit.dropin import dit, layers
 
 from .running import Operators
 
@@ -91,3 +91,19 @@ def test_a_layer_of_a_shape_that_gains_nothing_is_computed_by_itself(make, x, gr
         assert others.names == theirs.names
         pairs = zip(ours, right, strict=True) if isinstance(ours, tuple) else [(ours, right)]
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_call_that_gains_nothing_is_asked_nothing_else(monkeypatch):
+    """It may be a short one: asking whether the layer is still what it was would take a few percent of it."""
+
+    def refuse(_conv):
+        raise AssertionError("the layer was looked at")
+
+    model, x = conv(5)(torch.float32), maps()
+    right = model(x)
+    convdit.accelerate(model)
+    monkeypatch.setattr(layers, "depthwise", refuse)
+    with torch.no_grad():
+        assert torch.equal(model(x), right)
+    with pytest.raises(AssertionError, match="was looked at"):
+        model(x)

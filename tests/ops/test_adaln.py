@@ -138,13 +138,15 @@ def test_opcheck():
     g = torch.Generator().manual_seed(0)
     x, y = randn(g, 2, 5, 19).float(), randn(g, 2, 5, 19).float()
     gate, shift, scale = (randn(g, 2, 19).float() for _ in range(3))
-    out, mean, rstd = library.layer_norm_modulate_fwd(x, shift, scale, 1e-6)
+    out, mean, rstd = library.layer_norm_modulate_fwd_save(x, shift, scale, 1e-6)
     calls = {
         "layer_norm_modulate_fwd": (x, shift, scale, 1e-6),
+        "layer_norm_modulate_fwd_save": (x, shift, scale, 1e-6),
         "layer_norm_modulate_bwd": (out, x, scale, mean, rstd),
         "gated_residual_fwd": (x, y, gate),
         "gated_residual_bwd": (x, y, gate),
         "gated_residual_layer_norm_modulate_fwd": (x, y, gate, shift, scale, 1e-6),
+        "gated_residual_layer_norm_modulate_fwd_save": (x, y, gate, shift, scale, 1e-6),
         "gated_residual_layer_norm_modulate_bwd": (x, out, x, y, gate, scale, mean, rstd),
     }
     for name, args in calls.items():

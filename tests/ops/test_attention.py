@@ -196,9 +196,9 @@ def test_flops_count_two_matrix_products_forward_and_five_backward():
 def test_opcheck():
     for dtype in (torch.float32, torch.float16):
         qkv = torch.randn(2, 5, 24).to(dtype)
-        for save in (False, True):
-            torch.library.opcheck(library.packed_attention_fwd.default, (qkv, 2, 0.5, save))
-        out, *saved = library.packed_attention_fwd(qkv, 2, 0.5, True)
+        for forward in (library.packed_attention_fwd, library.packed_attention_fwd_save):
+            torch.library.opcheck(forward.default, (qkv, 2, 0.5))
+        out, *saved = library.packed_attention_fwd_save(qkv, 2, 0.5)
         torch.library.opcheck(library.packed_attention_bwd.default, (out, qkv, out, *saved, 2, 0.5))
 
 

@@ -1,7 +1,8 @@
-"""What a call costs beside its arithmetic: how eager calls reach autograd, and the pages of large results."""
+"""What a call costs beside its arithmetic: what it asks first, how it reaches autograd, the pages of large results."""
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,49 @@ import torch
 
 from convdit import ops
 from convdit.ops._common import Function
+from convdit.sparse import ActiveSites
+
+
+def without_gradients(dtype=torch.float32, device="cpu"):
+    """A call of each operator: a float32 x, parameters of the dtype, those of `device` on it."""
+    image, rows, tokens = torch.randn(2, 3, 4, 8), torch.randn(4, 8), torch.randn(2, 5, 8)
+    kernel, channel, vector = (torch.randn(size).to(device, dtype) for size in ((8, 1, 3, 3), (8,), (2, 8)))
+    sites = ActiveSites.from_mask(torch.ones(1, 2, 2, dtype=torch.bool))
+    return {
+        "depthwise_conv2d": lambda: ops.depthwise_conv2d(image, kernel, channel),
+        "depthwise_conv2d_layer_norm": lambda: ops.depthwise_conv2d_layer_norm(
+            image, kernel, channel, channel, channel
+        ),
+        "sparse_depthwise_conv2d": lambda: ops.sparse_depthwise_conv2d(rows, kernel, channel, sites),
+        "grn": lambda: ops.grn(image, channel, channel),
+        "sparse_grn": lambda: ops.sparse_grn(rows, channel, channel, sites),
+        "layer_norm_modulate": lambda: ops.layer_norm_modulate(tokens, vector, vector),
+        "gated_residual": lambda: ops.gated_residual(tokens, tokens, vector),
+        "gated_residual_layer_norm_modulate": lambda: torch.cat(
+            ops.gated_residual_layer_norm_modulate(tokens, tokens, vector, vector, vector)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(without_gradients()))
+def test_a_call_without_gradients_leaves_its_arguments_to_the_operator(name, monkeypatch):
+    """Whether they fit already or are to be cast; the result is that of a call that autograd sees."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        call = without_gradients(dtype)[name]
+        seen = call()  # gradients are on: the long way
+        with monkeypatch.context() as patched, torch.no_grad():
+            for module in ("adaln", "depthwise_conv", "grn", "sparse_depthwise_conv"):
+                patched.delattr(sys.modules[f"convdit.ops.{module}"], "needs_grad")
+            assert torch.equal(call(), seen)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected the device of x"):
+        without_gradients(device="meta")[name]()
+
+
+def test_an_operator_without_gradients_gives_nothing_for_them():
+    for name in (*without_gradients(), "packed_attention", "adaln_zero_attention", "convnext_block"):
+        operator = getattr(torch.ops.convdit, f"{name}_fwd").default
+        assert len(operator._schema.returns) == (2 if name == "gated_residual_layer_norm_modulate" else 1)
 
 
 def bfs(cls):

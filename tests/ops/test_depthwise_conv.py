@@ -234,14 +234,14 @@ def test_autocast_casts_the_map_and_keeps_the_parameters():
 def test_opcheck():
     g = torch.Generator().manual_seed(0)
     x, weight, bias = randn(g, 2, 4, 5, 19).float(), randn(g, 19, 1, 7, 7).float(), randn(g, 19).float()
-    out, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd(x, weight, bias, bias, bias, 1e-6, True)
+    out, conv, mean, rstd = library.depthwise_conv2d_layer_norm_fwd_save(x, weight, bias, bias, bias, 1e-6)
     calls = [
         ("depthwise_conv2d_fwd", (x, weight, bias)),
         ("depthwise_conv2d_fwd", (x, weight, None)),
         ("depthwise_conv2d_input_grad", (x, weight)),
         ("depthwise_conv2d_weight_grad", (x, out, 7)),
-        ("depthwise_conv2d_layer_norm_fwd", (x, weight, bias, bias, bias, 1e-6, True)),
-        ("depthwise_conv2d_layer_norm_fwd", (x, weight, None, bias, bias, 1e-6, False)),
+        ("depthwise_conv2d_layer_norm_fwd", (x, weight, None, bias, bias, 1e-6)),
+        ("depthwise_conv2d_layer_norm_fwd_save", (x, weight, bias, bias, bias, 1e-6)),
         ("depthwise_conv2d_layer_norm_bwd", (out, conv, bias, mean, rstd)),
     ]
     for name, args in calls:

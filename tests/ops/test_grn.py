@@ -234,14 +234,16 @@ def test_autocast_casts_x_and_not_the_parameters():
 @pytest.mark.parametrize("gelu", [False, True])
 def test_opcheck(gelu):
     x, weight, bias = torch.randn(2, 4, 5, 19), torch.randn(19), torch.randn(19)
-    _, norm = library.grn_fwd(x, weight, bias, 1e-6, gelu)
+    _, norm = library.grn_fwd_save(x, weight, bias, 1e-6, gelu)
     sites = ragged_sites()
     features = torch.randn(len(sites), 19)
-    _, packed_norm = library.sparse_grn_fwd(features, weight, bias, sites.offsets, 1e-6, gelu)
+    _, packed_norm = library.sparse_grn_fwd_save(features, weight, bias, sites.offsets, 1e-6, gelu)
     calls = {
         "grn_fwd": (x, weight, bias, 1e-6, gelu),
+        "grn_fwd_save": (x, weight, bias, 1e-6, gelu),
         "grn_bwd": (x, x, norm, weight, 1e-6, gelu),
         "sparse_grn_fwd": (features, weight, bias, sites.offsets, 1e-6, gelu),
+        "sparse_grn_fwd_save": (features, weight, bias, sites.offsets, 1e-6, gelu),
         "sparse_grn_bwd": (features, features, packed_norm, weight, sites.offsets, 1e-6, gelu),
     }
     for name, args in calls.items():
