@@ -46,13 +46,13 @@ void forward_plane(const DepthwiseConv& p, const Band& band, int64_t plane, Ahea
     if constexpr (sizeof(T) == sizeof(A)) {
       if (c.lanes == lanes<A>) out = to, out_step = p.channels;
       if (rows.outputs == 2) {
-        next_x.step(2), next_y.step(2);
+        rows.ahead = {next_x.take(2), next_y.take(2)};
         return strip.tile[0].kernels->pair[strip.columns](rows, weight, start, out, out_step, p.width * p.channels);
       }
     }
     for (int64_t i = 0; i < strip.tiles; ++i) {
       const auto& tile = strip.tile[i];
-      next_x.step(), next_y.step();
+      rows.ahead = {next_x.take(), next_y.take()};
       rows.offset = tile.first * rows.step;
       tile.kernels->forward[tile.columns](rows, weight, start, out + tile.first * out_step, out_step);
     }
@@ -151,8 +151,8 @@ void weight_grad_plane(const DepthwiseConvWeightGrad& p, const Band& band, int64
     read_row(grad + band.rows.first * p.width * p.channels, p.channels, rows * p.width, c.lanes, copies[1]);
     for (int64_t k = 0; k < p.kernel; ++k) {
       const Range part = part_of(rows * tiles, p.kernel, k);
-      next_x.step(part.last - part.first), next_grad.step(part.last - part.first);
-      narrow({copies[0], copies[1], p.height, band.rows}, k, total);
+      const Fetch ahead{next_x.take(part.last - part.first), next_grad.take(part.last - part.first)};
+      narrow({copies[0], copies[1], p.height, band.rows, ahead}, k, total);
     }
     return;
   }
@@ -168,7 +168,7 @@ void weight_grad_plane(const DepthwiseConvWeightGrad& p, const Band& band, int64
     if (copy) read_row(from, p.channels, strip.columns, c.lanes, row);
     for (int64_t i = 0; i < strip.tiles; ++i) {
       const auto& tile = strip.tile[i];
-      next_x.step(), next_grad.step();
+      rows.ahead = {next_x.take(), next_grad.take()};
       rows.offset = tile.first * rows.step;
       tile.kernels->weight[tile.columns](rows, g + tile.first * g_step, g_step, total);
     }

@@ -144,7 +144,7 @@ CONVDIT_INLINE void pass_rows(const T* x, const Map& map, Range band, Plane plan
     const auto read = [&](int64_t h, A* to) {
       read_row(column + h * row_size, map.channels, seen, plane.lanes, to + strip.left * lanes<A>);
     };
-    TileRows<A> rows{x_rows, direct ? map.channels : lanes<A>, 0, 0, 0, map.kernel, 1};
+    TileRows<A> rows{x_rows, direct ? map.channels : lanes<A>, 0, 0, 0, map.kernel, 1, {}};
     if (!direct) {
       for (int64_t k = 0; k < map.kernel; ++k) {
         ring_rows[k] = ring + k * width * lanes<A>;

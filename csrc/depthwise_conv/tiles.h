@@ -5,6 +5,7 @@
 // stay in registers as well, and the three columns beyond an edge of the map are skipped, not multiplied by zero: on a map
 // 7 columns wide they are a quarter of the taps.
 #pragma once
+#include "common/ahead.h"
 #include "common/unroll.h"
 
 namespace convdit::CONVDIT_LEVEL {
@@ -19,6 +20,13 @@ constexpr int kSides = 4;
 // Whether column C of x, counted from the leftmost tap, lies in the map.
 constexpr bool tile_reads(int C, int columns, int side) { return (C >= 3 || (side & kHasLeft)) && (C < columns + 3 || (side & kHasRight)); }
 
+// The lines of two arrays that a tile fetches, some with each kernel row.
+struct Fetch {
+  Lines a, b;
+  CONVDIT_INLINE void some() { a.two(), b.two(); }
+  CONVDIT_INLINE void rest() { a.rest(), b.rest(); }
+};
+
 // What a tile reads. x[i] + offset is the leftmost tap of the tile's first column at kernel row i.
 template <class A>
 struct TileRows {
@@ -27,6 +35,7 @@ struct TileRows {
   int64_t first, last;  // of x, those that lie in the map
   int64_t kernel;
   int64_t outputs;  // 1, or 2: x has a row more
+  Fetch ahead;      // meanwhile
 };
 
 // ---- forward: out[column] = start + sum of weight * x ------------------------------------------------------------
@@ -42,7 +51,9 @@ __attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* wei
   constexpr int chains = kChains<Columns, Side>;
   Vec<A> sum[chains][Columns] = {};
   unroll<Columns>(CONVDIT_UNROLLED(I) { sum[0][I] = start; });
+  Fetch ahead = t.ahead;
   for (int64_t row = t.first; row < t.last; ++row) {
+    ahead.some();
     const A *x = t.x[row] + t.offset, *w = weight + row * 7 * lanes<A>;
     Vec<A> tap[7];
     unroll<7>(CONVDIT_UNROLLED(I) { tap[I] = load(w + I * lanes<A>); });
@@ -55,6 +66,7 @@ __attribute__((noinline)) void forward_tile_7(const TileRows<A>& t, const A* wei
       }
     });
   }
+  ahead.rest();
   unroll<Columns>(CONVDIT_UNROLLED(I) {
     if constexpr (chains == 2) sum[0][I] += sum[1][I];
     store(out + I * out_step, sum[0][I]);
@@ -69,7 +81,9 @@ __attribute__((noinline)) void forward_pair_7(const TileRows<A>& t, const A* wei
   Vec<A> sum[2][Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { sum[0][I] = sum[1][I] = start; });
   // The output rows First to Last - 1 take what row i of x adds to them.
+  Fetch ahead = t.ahead;
   const auto add = [&]<int First, int Last>(int64_t i) CONVDIT_FLAT {
+    ahead.some();
     const A* x = t.x[i] + t.offset;
     Vec<A> tap[2][7];
     unroll<Last - First>(CONVDIT_UNROLLED(R) {
@@ -89,6 +103,7 @@ __attribute__((noinline)) void forward_pair_7(const TileRows<A>& t, const A* wei
   if (i == 0) add.template operator()<0, 1>(i++);
   for (; i < smaller(t.last, 7); ++i) add.template operator()<0, 2>(i);
   if (t.last == 8) add.template operator()<1, 2>(7);
+  ahead.rest();
   unroll<Columns>(CONVDIT_UNROLLED(I) { store(out + I * out_step, sum[0][I]), store(out + out_row + I * out_step, sum[1][I]); });
 }
 
@@ -96,6 +111,7 @@ template <class A, int Columns>
 __attribute__((noinline)) void forward_tile(const TileRows<A>& t, const A* weight, Vec<A> start, A* out, int64_t out_step) {
   Vec<A> sum[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { sum[I] = start; });
+  Fetch{t.ahead}.rest();
   for (int64_t row = t.first; row < t.last; ++row) {
     const A *x = t.x[row] + t.offset, *w = weight + row * t.kernel * lanes<A>;
     for (int64_t i = 0; i < t.kernel; ++i, x += t.step, w += lanes<A>) {
@@ -120,7 +136,9 @@ __attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad
   constexpr int chains = kVectorRegisters == 32 ? 2 : 1;  // seven chains of products would wait for one another
   Vec<A> g[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
+  Fetch ahead = t.ahead;
   for (int64_t row = t.first; row < t.last; ++row) {
+    ahead.some();
     const A* x = t.x[row] + t.offset;
     A* row_total = total + row * 7 * lanes<A>;
     Vec<A> sum[chains][7] = {};
@@ -137,6 +155,7 @@ __attribute__((noinline)) void weight_tile_7(const TileRows<A>& t, const A* grad
       store(row_total + I * lanes<A>, load(row_total + I * lanes<A>) + sum[0][I]);
     });
   }
+  ahead.rest();
   add_bias_sum<A, Columns>(g, total + 49 * lanes<A>);
 }
 
@@ -147,6 +166,7 @@ struct NarrowMap {
   const A *x, *grad;
   int64_t height;
   Range rows;  // those of grad; of x all
+  Fetch ahead;
 };
 constexpr int64_t kMaxNarrowRows = 7;  // the sums of more would be less exact
 
@@ -155,7 +175,9 @@ template <class A, int Columns>
 __attribute__((noinline)) void weight_narrow_7(const NarrowMap<A>& m, int64_t k, A* total) {
   constexpr int64_t row_size = Columns * lanes<A>;
   Vec<A> sum[2][7] = {};
+  Fetch ahead = m.ahead;
   const auto add = [&]<int Chain>(int64_t row) CONVDIT_FLAT {
+    ahead.some();
     const A *x = m.x + (row + k - 3) * row_size, *grad = m.grad + (row - m.rows.first) * row_size;
     Vec<A> g[Columns];
     unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * lanes<A>); });
@@ -172,6 +194,7 @@ __attribute__((noinline)) void weight_narrow_7(const NarrowMap<A>& m, int64_t k,
   const int64_t last = smaller(m.rows.last, m.height + 3 - k);
   for (; row + 1 < last; row += 2) add.template operator()<0>(row), add.template operator()<1>(row + 1);
   if (row < last) add.template operator()<0>(row);
+  ahead.rest();
   A* to = total + k * 7 * lanes<A>;
   unroll<7>(CONVDIT_UNROLLED(I) { store(to + I * lanes<A>, load(to + I * lanes<A>) + (sum[0][I] + sum[1][I])); });
 }
@@ -180,6 +203,7 @@ template <class A, int Columns>
 __attribute__((noinline)) void weight_tile(const TileRows<A>& t, const A* grad, int64_t grad_step, A* total) {
   Vec<A> g[Columns];
   unroll<Columns>(CONVDIT_UNROLLED(I) { g[I] = load(grad + I * grad_step); });
+  Fetch{t.ahead}.rest();
   for (int64_t row = t.first; row < t.last; ++row) {
     const A* x = t.x[row] + t.offset;
     A* to = total + row * t.kernel * lanes<A>;
