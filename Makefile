@@ -82,6 +82,7 @@ simt: $(VENV)/.test
 	$(BIN)/python -m tests.simt code
 	$(BIN)/python -m tests.simt mutants sites
 	$(BIN)/python -m tests.simt operators -q tests/ops tests/simt/operators
+	$(BIN)/python -m tests.simt operators --arch compute_100 --only grn -q tests/ops/test_grn.py -k "equals_reference or error_rule"
 	$(BIN)/python -m tests.gpu --dry
 	@$(BIN)/python -m tests.simt summary
 

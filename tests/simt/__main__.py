@@ -1,7 +1,8 @@
 """python -m tests.simt COMMAND
 
-operators [--arch compute_90] [--few-blocks] [pytest's arguments ...]: the tests of the operators, over their CUDA
-    kernels; in as many processes as MAX_JOBS says; grids limited to a few blocks, which then loop over the tasks
+operators [--arch compute_90] [--only room] [--few-blocks] [pytest's arguments ...]: the tests of the operators, over
+    their CUDA kernels (--only: of one room); in as many processes as MAX_JOBS says; grids limited to a few blocks,
+    which then loop over the tasks
 mutants [room ...]: the same over kernels broken on purpose
 budget [--update] [room ...]: what the kernels move and need, against budget.json
 code [room ...]: what ptxas makes of them for each GPU: spills, local memory, instructions of the fast paths
@@ -55,10 +56,13 @@ def operators(arguments: list[str]) -> int:
     architecture = "compute_80"
     if arguments[:1] == ["--arch"]:
         architecture, arguments = arguments[1], arguments[2:]
+    only = None
+    if arguments[:1] == ["--only"]:
+        only, arguments = arguments[1], arguments[2:]
     most_blocks = 0
     if arguments[:1] == ["--few-blocks"]:
         most_blocks, arguments = build.FEW_BLOCKS, arguments[1:]
-    folder = build.operators(architecture, most_blocks=most_blocks)
+    folder = build.operators(architecture, only=only, most_blocks=most_blocks)
     step = f"operators, {architecture}{', few blocks' if most_blocks else ''}"
     summary.begin(step)
     return in_shares(folder, "pytest", "-p", "tests.simt.plugin", *arguments, SIMT_STEP=step)
@@ -98,7 +102,15 @@ def code_of(rooms: list[str]) -> int:
 
 
 def bound(arguments: list[str]) -> int:
-    return start(build.operators(), "tests.simt.bound", *arguments).wait()
+    text = arguments[0] if arguments else ""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {code: build.operators(code) for code in ("compute_80", "compute_100")}
+        files = {code: f"{scratch}/{code}.json" for code in folders}
+        runs = [start(folders[c], "tests.simt.bound", "measure", text, files[c]) for c in folders]
+        if any([run.wait() for run in runs]):
+            return 1
+        named = [f"{code}={file}" for code, file in files.items()]
+        return start(folders["compute_80"], "tests.simt.bound", "report", text, *named).wait()
 
 
 def main(arguments: list[str]) -> int:

@@ -7,12 +7,15 @@ of L2; wavefronts of shared memory; instructions, by kind. Launches add up. Besi
 which no kernel can beat: the operator's tensors moved once, or its arithmetic at the GPU's peak.
 
 PTX stands in for the machine's instructions: those that ptxas drops (moves, conversions of pointers, reads of
-parameters) are left out, others it may fold or add. Latency, launches, clocks below the peak and an L2 that keeps a
+parameters) are left out, others it may fold or add. B200's is PTX for compute_100, whose instructions on two floats
+(`.f32x2`) take one slot of issue and, as is assumed, the time of two in the pipe: NVIDIA states 128 multiply-adds a
+clock and multiprocessor, and nothing of pairs. Latency, launches, clocks below the peak and an L2 that keeps a
 tensor from one launch to the next are not in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -37,15 +40,18 @@ class Gpu:
     tensor_peak: float  # by the newest instruction of the GPU
     issue: float = 4
     special: float = 0.5
+    code: str = "compute_80"  # the PTX that it runs
 
 
 GPUS = [
     Gpu("A100", 108, 1.41e9, 2.039e12, 5120, 2, 1024, 1024),
     Gpu("H100", 132, 1.83e9, 3.35e12, 5120, 4, 1300, 2048),
     Gpu("L4", 58, 2.04e9, 0.3e12, 2048, 4, 512, 512),
-    Gpu("B200", 148, 1.85e9, 8.0e12, 10240, 4, 1300, 4096),
+    Gpu("B200", 148, 1.85e9, 8.0e12, 10240, 4, 1300, 4096, code="compute_100"),
 ]
 FREE = ("mov.", "cvta", "ld.param", "ret")  # of PTX, not of the machine
+FMA = ("fma.rn.f32", "add.f32", "add.rn.f32", "mul.f32", "mul.rn.f32", "sub.f32")  # and those on two
+PAIRS = ("fma.rn.f32x2", "add.rn.f32x2", "mul.rn.f32x2")
 SPECIAL = ("ex2.", "rcp.", "rsqrt.", "sqrt.", "lg2.")
 
 
@@ -100,7 +106,7 @@ def cost_of(launch: dict, code: dict) -> Cost:
         l2=32 * sectors,
         wavefronts=wavefronts,
         instructions=sum(opcodes.values()) / 32 - warps(*FREE),
-        fma=warps("fma.rn.f32", "add.f32", "add.rn.f32", "mul.f32", "mul.rn.f32", "sub.f32"),
+        fma=warps(*FMA) + warps(*PAIRS),
         special=warps(*SPECIAL),
         tensor=multiply,
     )
@@ -251,18 +257,30 @@ def measure(library, operator: Operator) -> list[list[tuple[str, Cost]]]:
     return result
 
 
-def main(arguments: list[str]) -> int:
+def measure_all(text: str, file: Path) -> int:
+    """Write what the operators' launches cost, by the library of CONVDIT_LIBRARY_DIR, to `file`."""
     import torch
 
     import convdit  # noqa: F401  (loads the library)
 
     from .executor import Library
 
-    wanted = arguments[0] if arguments else ""
     torch.manual_seed(0)
     library = Library(Path(os.environ["CONVDIT_LIBRARY_DIR"]) / "libconvdit_ops.so")
     library.set_orders("forward")
     library.set_counting(True)
+    costs = {}
+    for operator in operators():
+        if text in operator.name:
+            halves = measure(library, operator)
+            costs[operator.name] = [[(short(library.demangled[k]), vars(c)) for k, c in half] for half in halves]
+    file.write_text(json.dumps(costs))
+    return 0
+
+
+def report(text: str, files: dict[str, Path]) -> int:
+    """`files`: of measure_all, by the PTX that ran."""
+    by_code = {code: json.loads(file.read_text()) for code, file in files.items()}
     print(
         "Lower bounds of the time, from what the kernels do on the executor: no measurements, no GPU was timed.\n"
         "Microseconds: the bound, what binds its slowest launch, its ratio to the floor (bytes or arithmetic)."
@@ -270,12 +288,13 @@ def main(arguments: list[str]) -> int:
     print(f"{'operator':62} {'pass':9}" + "".join(f" {gpu.name:>24}" for gpu in GPUS))
     above, count, slowest = [], 0, Counter()
     for operator in operators():
-        if wanted not in operator.name:
+        if text not in operator.name:
             continue
-        for which, launches in enumerate(measure(library, operator)):
-            what, cells = ("forward", "backward")[which], []
+        for which, what in enumerate(("forward", "backward")):
+            cells = []
             for gpu in GPUS:
-                times = [(*seconds(cost, gpu), kernel) for kernel, cost in launches]
+                launches = by_code[gpu.code][operator.name][which]
+                times = [(*seconds(Cost(**cost), gpu), kernel) for kernel, cost in launches]
                 total, (_, binds, kernel) = sum(t[0] for t in times), max(times)
                 ratio = total / operator.floor(which, gpu)
                 cells.append(f"{total * 1e6:10.1f} {binds:>7} {ratio:5.2f}")
@@ -284,12 +303,20 @@ def main(arguments: list[str]) -> int:
                     least = operator.floor(which, gpu, gpu.tensor) / operator.floor(which, gpu)
                     why = f" (mma.sync, the instruction of sm_80, alone needs {least:.2f})" if least > 1 else ""
                     above.append(f"{operator.name} {what}, {gpu.name}: {ratio:.2f}{why}")
-                    slowest[short(library.demangled[kernel])] += 1
+                    slowest[kernel] += 1
             print(f"{operator.name:62} {what:9}" + "".join(f" {cell}" for cell in cells), flush=True)
     print("\n".join(f"above 1.5: {row}" for row in above))
     print("most often the slowest there:", ", ".join(f"{k} ({n})" for k, n in slowest.most_common(8)))
     print(f"gpu-bound: {count - len(above)} of {count} bounds are at most 1.5 times the floor")
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """`measure TEXT FILE`, or `report TEXT CODE=FILE ...`; TEXT: in the names of the operators."""
+    command, text, *files = arguments
+    if command == "measure":
+        return measure_all(text, Path(files[0]))
+    return report(text, {code: Path(file) for code, _, file in (f.partition("=") for f in files)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What ptxas makes of the kernels: no spills and no local memory on any GPU, and the instructions of the fast paths.
 
-The PTX for compute_80 is assembled for each architecture that we build for; nvdisasm (package nvidia-cuda-nvdisasm)
-shows the code for sm_80. And each file compiles for each of them by itself, with no header but ours and CUDA's.
+The PTX for compute_80 is assembled for each architecture that we build for; where the source has code of its own for
+Blackwell (`__CUDA_ARCH__`), that for compute_100 for those. nvdisasm (package nvidia-cuda-nvdisasm) shows the code.
+And each file compiles for each of them by itself, with no header but ours and CUDA's.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from . import build
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 COPY, LOAD, STORE = "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"
+BLACKWELL = ("sm_100", "sm_120")
 # Room, pattern of a kernel's name without namespaces, instructions that it must have.
 FAST = [
     ("adaln", r"norm_runs(_backward)?<(float, float|bf16, bf16|f16, f16)", (LOAD, STORE)),
@@ -28,6 +31,9 @@ FAST = [
     ("grn", r"apply_(forward|backward)<(float, 4|bf16, 8|f16, 8)", (LOAD, STORE)),
     ("sparse_depthwise_conv", r"(forward|weight)_strips<", (COPY,)),
 ]
+
+# The same on Blackwell: two floats an instruction.
+PAIRED = [("grn", r"(sum_tiles|apply_(forward|backward))<(float, 4|bf16, 8|f16, 8), true", ("FFMA2", "FMUL2"))]
 
 
 def assembled(ptx: Path, architecture: str) -> Path:
@@ -80,28 +86,44 @@ def instructions(cubin: Path) -> dict[str, set[str]]:
     return kernels
 
 
+@cache
+def opcodes_of(cubin: Path) -> dict[str, set[str]]:
+    """The same by name."""
+    return {demangle(symbol): ops for symbol, ops in instructions(cubin).items()}
+
+
 def demangle(symbol: str) -> str:
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
     return re.sub(r"\(anonymous namespace\)::|convdit::(cuda::)?|^void ", "", name)
 
 
-def problems(room: str, ptx: Path) -> list[str]:
-    """What is wrong, in words."""
+def ptx_for(source: Path, architecture: str) -> Path:
+    include = build.ROOT / "csrc"
+    newer = architecture in BLACKWELL and "__CUDA_ARCH__" in build.source_text(source, include)
+    return build.nvcc_output(source, "compute_100" if newer else "compute_80", include) / "kernels.ptx"
+
+
+def problems(room: str, ptx: dict[str, Path]) -> list[str]:
+    """What is wrong, in words; `ptx` by architecture."""
     found = []
-    tasks = [build.pool().submit(ptxas, ptx, a) for a in ARCHITECTURES]
+    tasks = [build.pool().submit(ptxas, ptx[a], a) for a in ARCHITECTURES]
     for architecture, task in zip(ARCHITECTURES, tasks, strict=True):
         for symbol, row in task.result().items():
             if row["spills"] or row["local"]:
                 name = demangle(symbol).split("(")[0]
                 found.append(f"{room}: {name}, {architecture}: {row['spills']} bytes spilled, {row['local']} local")
-    opcodes = {demangle(symbol): ops for symbol, ops in instructions(assembled(ptx, "sm_80") / "kernels.cubin").items()}
-    for of, pattern, wanted in FAST:
-        kernels = {name: ops for name, ops in opcodes.items() if of == room and re.match(r"\w*" + pattern, name)}
-        if of == room and not kernels:
+    for architecture, of, pattern, wanted in [("sm_80", *row) for row in FAST] + [
+        (a, *row) for a in BLACKWELL for row in PAIRED
+    ]:
+        if of != room:
+            continue
+        opcodes = opcodes_of(assembled(ptx[architecture], architecture) / "kernels.cubin")
+        kernels = {name: ops for name, ops in opcodes.items() if re.match(r"\w*" + pattern, name)}
+        if not kernels:
             found.append(f"{room}: no kernel is called {pattern}")
         for name, ops in kernels.items():
             missing = [w for w in wanted if not any(op.startswith(w) for op in ops)]
-            found += [f"{room}: {name.split('(')[0]}: no {w} in its code" for w in missing]
+            found += [f"{room}: {name.split('(')[0]}, {architecture}: no {w} in its code" for w in missing]
     return found
 
 
@@ -127,6 +149,6 @@ def main(rooms: list[str]) -> int:
     for task in alone:
         task.result()  # raises what the compiler says
     for room, source in sources.items():
-        found += problems(room, build.nvcc_output(source, "compute_80", build.ROOT / "csrc") / "kernels.ptx")
+        found += problems(room, {a: ptx_for(source, a) for a in ARCHITECTURES})
     print("\n".join([*found, f"code: {len(rooms)} rooms for {', '.join(ARCHITECTURES)}, {len(found)} problems"]))
     return bool(found)

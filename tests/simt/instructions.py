@@ -16,7 +16,7 @@ CPP = {
     **{f"{kind}{bits}": f"{'' if kind == 's' else 'u'}int{bits}_t" for kind in "usb" for bits in (8, 16, 32, 64)},
     **{"f32": "float", "f64": "double", "pred": "bool"},
     # Storage; arithmetic is done after conversion.
-    **{"f16": "f16", "bf16": "bf16", "f16x2": "f16x2", "bf16x2": "bf16x2"},
+    **{"f16": "f16", "bf16": "bf16", "f16x2": "f16x2", "bf16x2": "bf16x2", "f32x2": "f32x2"},
 }
 
 
@@ -134,6 +134,9 @@ def floating_point() -> None:
         define(f"{name}{{.rn,}}{{.f16,.bf16,.f16x2,.bf16x2}}", f"lanes(a, b, {function})")
     define("fma.rn{.ftz,}{.sat,}.f32", "__builtin_fmaf(a, b, c)", "T T T")
     define("fma.rn.f64", "__builtin_fma(a, b, c)", "T T T")
+    for name, sign in (("add", "+"), ("mul", "*")):
+        define(f"{name}.rn.f32x2", f"$T{{a.low {sign} b.low, a.high {sign} b.high}}")
+    define("fma.rn.f32x2", "$T{__builtin_fmaf(a.low, b.low, c.low), __builtin_fmaf(a.high, b.high, c.high)}", "T T T")
     for way, name in {"rm": "FE_DOWNWARD", "rp": "FE_UPWARD", "rz": "FE_TOWARDZERO"}.items():
         define(f"fma.{way}{{.ftz,}}.f32", f"fused_rounded(a, b, c, {name})", "T T T")
     define("fma.rn{.f16,.bf16,.f16x2,.bf16x2}", "lanes(a, b, c, fused)", "T T T")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 # Bytes of each PTX type.
 SIZES = {
     **{f"{kind}{bits}": bits // 8 for kind in "usb" for bits in (8, 16, 32, 64)},
-    **{"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f64": 8, "pred": 1},
+    **{"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32x2": 8, "f32": 4, "f64": 8, "pred": 1},
 }
 
 
@@ -88,7 +88,7 @@ def split(text: str) -> list[str]:
 
 VARIABLE = re.compile(
     r"\.(?P<space>param|shared|local|global|const)\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+"
-    r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?(?P<name>[\w$]+)(?P<array>\[(?P<count>\d*)\])?"
+    r"(?:\.ptr\s+(?:\.(?!align)\w+\s+)?(?:\.align\s+\d+\s+)?)?(?P<name>[\w$]+)(?P<array>\[(?P<count>\d*)\])?"
     r"(?:\s*=\s*(?P<initial>\{[^}]*\}|[^;{]+))?"
 )
 

@@ -1,7 +1,7 @@
 """What PTX's instructions on values mean, in Python's exact numbers: from the PTX manual, apart from the translator.
 
 `expected(opcode, types, operands)` takes and gives numbers: int for integers, predicates and bits, float for every
-floating-point type (a pair of them for f16x2 and bf16x2). None: PTX leaves the result open.
+floating-point type (a pair of them for f16x2, bf16x2 and f32x2). None: PTX leaves the result open.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def encode(x: float, type_: str) -> int:
 
 
 def decode(bits: int, type_: str) -> int | float | tuple[float, float]:
-    if type_ in ("f16x2", "bf16x2"):
-        return decode(bits & 0xFFFF, type_[:-2]), decode(bits >> 16 & 0xFFFF, type_[:-2])
+    if type_.endswith("x2"):
+        half = 32 if type_ == "f32x2" else 16
+        return decode(bits & (1 << half) - 1, type_[:-2]), decode(bits >> half, type_[:-2])
     if type_ == "bf16":
         return struct.unpack("<f", struct.pack("<I", (bits & 0xFFFF) << 16))[0]
     if type_ in ("f16", "f32", "f64"):

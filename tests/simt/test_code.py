@@ -24,9 +24,12 @@ def test_spills_and_missing_instructions_are_found(tmp_path, monkeypatch):
     ptx = build.nvcc_output(tmp_path / "cuda.cu", "compute_80", tmp_path) / "kernels.ptx"
     wanted = [("a room", "apply", (code.LOAD,)), ("a room", "wide", (code.LOAD, code.STORE)), ("a room", "absent", ())]
     monkeypatch.setattr(code, "FAST", wanted)
-    found = code.problems("a room", ptx)
+    monkeypatch.setattr(code, "PAIRED", [("a room", "wide", ("FFMA2",))])
+    found = code.problems("a room", dict.fromkeys(code.ARCHITECTURES, ptx))
     local = [f"a room: apply_forward, {a}: 0 bytes spilled, 256 local" for a in code.ARCHITECTURES]
-    assert found == [*local, "a room: apply_forward: no LDG.E.128 in its code", "a room: no kernel is called absent"]
+    missing = ["a room: apply_forward, sm_80: no LDG.E.128 in its code", "a room: no kernel is called absent"]
+    missing += [f"a room: wide, {a}: no FFMA2 in its code" for a in ("sm_100", "sm_120")]
+    assert found == [*local, *missing]
 
 
 def test_a_file_that_needs_pytorch_or_an_architecture_it_has_not_does_not_compile_alone(tmp_path):

@@ -14,7 +14,8 @@ from .instructions import VALUES
 from .semantics import BITS, FORMATS, decode, encode
 
 THREADS = 192
-REGISTERS = {"u8": "b16", "s8": "b16", "f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32"}
+REGISTERS = {"u8": "b16", "s8": "b16", "f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32", "f32x2": "b64"}
+HALF = {"f16x2": 16, "bf16x2": 16, "f32x2": 32}  # bits of one of two
 # A GPU's approximations may differ from the exact value in their last places, and Python's functions from C's.
 APPROXIMATE = ("sin", "cos", "lg2", "ex2", "tanh", "rsqrt")
 
@@ -30,7 +31,7 @@ def move(type_: str, register: str, address: str, store: bool = False) -> str:
         if store:
             return f"selp.b32 %v, 1, 0, {register};\nst.global.b32 [{address}], %v;"
         return f"ld.global.b32 %v, [{address}];\nsetp.ne.b32 {register}, %v, 0;"
-    memory = {"f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32"}.get(type_, type_)
+    memory = {"f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32", "f32x2": "b64"}.get(type_, type_)
     return f"st.global.{memory} [{address}], {register};" if store else f"ld.global.{memory} {register}, [{address}];"
 
 
@@ -72,7 +73,7 @@ def interesting(type_: str, rng: random.Random) -> list[int]:
     """Bits of values that instructions go wrong on, and of random ones."""
     if type_.endswith("x2"):
         return [
-            a | b << 16
+            a | b << HALF[type_]
             for a, b in zip(interesting(type_[:-2], rng), reversed(interesting(type_[:-2], rng)), strict=True)
         ]
     if type_ in FORMATS:
@@ -107,7 +108,9 @@ def inputs(sources: tuple[str, ...]) -> np.ndarray:
 
 def same(opcode: str, type_: str, got: int, right) -> bool:
     if type_.endswith("x2"):
-        return all(same(opcode, type_[:-2], got >> 16 * i & 0xFFFF, r) for i, r in enumerate(right))
+        return all(
+            same(opcode, type_[:-2], got >> HALF[type_] * i & (1 << HALF[type_]) - 1, r) for i, r in enumerate(right)
+        )
     if type_ not in FORMATS:
         return got == right & ((1 << BITS[type_]) - 1)
     number = decode(got, type_)

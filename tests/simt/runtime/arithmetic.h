@@ -25,6 +25,7 @@ struct Pair {
 };
 using f16x2 = Pair<f16>;
 using bf16x2 = Pair<bf16>;
+using f32x2 = Pair<float>;
 
 // The same bits as another type; an integer of another width is cut or extended.
 template <class To, class From>
