@@ -111,9 +111,8 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> T
 
 
 def _packed(features, weight, bias, sites, eps, scope, gelu):
-    if scope == "sample":
-        offsets = getattr(sites, "offsets", None)
-        out = at_once(library.sparse_grn_fwd.default, features, weight, bias, offsets, eps, gelu)
+    if scope == "sample" and hasattr(sites, "block_neighbors"):
+        out = at_once(library.sparse_grn_fwd.default, features, weight, bias, sites.offsets, eps, gelu)
         if out is not None:
             return out
     check_floating("features", features)

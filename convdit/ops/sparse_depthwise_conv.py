@@ -51,7 +51,7 @@ def sparse_depthwise_conv2d(features: Tensor, weight: Tensor, bias: Tensor | Non
     """
     if not hasattr(sites, "block_neighbors"):
         raise TypeError(f"sites: expected convdit.sparse.ActiveSites, got {type(sites).__name__}")
-    if isinstance(weight, Tensor) and weight.dim() == 4:
+    if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2] == weight.shape[3]:
         neighbors = sites.block_neighbors(-(-(weight.shape[3] // 2) // sites.block))
         out = at_once(library.sparse_depthwise_conv2d_fwd.default, features, weight, bias, neighbors, sites.block)
         if out is not None:

@@ -50,30 +50,9 @@ __device__ __forceinline__ Tile find_tile(const GrnShape& p, const Plan& plan, i
   return {image, begin, begin + plan.tile_rows < last ? begin + plan.tile_rows : last};
 }
 
-// Whether V elements are worked on by two: where the GPU has no instructions for that it only costs registers.
-template <class A, int V>
-constexpr bool kPairs = kHasPairs && std::is_same_v<A, float> && V % 2 == 0;
-
-template <int N>
-__device__ __forceinline__ Pair pair_at(const float (&x)[N], int k) {
-  return {x[k], x[k + 1]};
-}
-template <int N>
-__device__ __forceinline__ void set_pair(float (&x)[N], int k, Pair a) {
-  x[k] = a.x, x[k + 1] = a.y;
-}
-template <int V, class F>
-__device__ __forceinline__ void for_pairs(const F& f) {
-#pragma unroll
-  for (int k = 0; k < V; k += 2) f(k);
-}
-
 template <bool Gelu, class A>
 __device__ __forceinline__ A activate(A x) {
-  if constexpr (Gelu) {
-    if constexpr (std::is_same_v<A, Pair>) return mul(x, normal_cdf(x));
-    else return x * normal_cdf(x);
-  }
+  if constexpr (Gelu) return mul(x, normal_cdf(x));
   return x;
 }
 
@@ -121,28 +100,16 @@ __global__ void __launch_bounds__(kThreads, kNoSpills) sum_tiles(GrnShape p, Pla
     A sum[Count * V] = {};
     if (active)
       for_rows<V>(tile, plan, p.channels, c, x, grad, [&](int64_t, const A(&v)[V], const A(&g)[V]) {
-        if constexpr (kPairs<A, V>) {
-          for_pairs<V>([&](int k) {
-            const Pair a = activate<Gelu>(pair_at(v, k));
-            if constexpr (Count == 1) {
-              set_pair(sum, k, fma(a, a, pair_at(sum, k)));
-            } else {
-              set_pair(sum, k, fma(a, pair_at(g, k), pair_at(sum, k)));
-              set_pair(sum, V + k, add(pair_at(sum, V + k), pair_at(g, k)));
-            }
-          });
-        } else {
-#pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const A a = activate<Gelu>(v[k]);
-            if constexpr (Count == 1) {
-              sum[k] += a * a;
-            } else {
-              sum[k] += a * g[k];
-              sum[V + k] += g[k];
-            }
+        for_values<A, V>([&](int k, auto value) {
+          using U = decltype(value);
+          const U a = activate<Gelu>(get<U>(v, k));
+          if constexpr (Count == 1) {
+            put(sum, k, fma(a, a, get<U>(sum, k)));
+          } else {
+            put(sum, k, fma(a, get<U>(g, k), get<U>(sum, k)));
+            put(sum, V + k, add(get<U>(sum, V + k), get<U>(g, k)));
           }
-        }
+        });
       });
     sum_groups(sum, plan.width, plan.groups, scratch);
     if (active && group == 0) {
@@ -263,12 +230,10 @@ __global__ void __launch_bounds__(kThreads, kNoSpills) apply_forward(Grn p, Plan
     T* y = static_cast<T*>(p.y) + c;
     for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(nullptr),
                 [&](int64_t row, A(&v)[V], const A(&)[V]) {
-                  if constexpr (kPairs<A, V>) {
-                    for_pairs<V>([&](int k) { set_pair(v, k, fma(activate<Gelu>(pair_at(v, k)), pair_at(factor, k), pair_at(bias, k))); });
-                  } else {
-#pragma unroll
-                    for (int k = 0; k < V; ++k) v[k] = activate<Gelu>(v[k]) * factor[k] + bias[k];
-                  }
+                  for_values<A, V>([&](int k, auto value) {
+                    using U = decltype(value);
+                    put(v, k, fma(activate<Gelu>(get<U>(v, k)), get<U>(factor, k), get<U>(bias, k)));
+                  });
                   store(y + row * p.channels, V, true, v);
                 });
   }
@@ -309,26 +274,18 @@ __global__ void __launch_bounds__(kThreads, kNoSpills) apply_backward(GrnBackwar
     T* grad_x = static_cast<T*>(p.grad_x) + c;
     for_rows<V>(tile, plan, p.channels, c, static_cast<const T*>(p.x), static_cast<const T*>(p.grad),
                 [&](int64_t row, A(&v)[V], const A(&g)[V]) {
-                  if constexpr (Gelu && kPairs<A, V>) {
-#pragma unroll
-                    for (int k = 0; k < V; k += 2) {
-                      const Pair x{v[k], v[k + 1]}, cdf = normal_cdf(x), slope = fma(x, normal_pdf(x), cdf);
-                      const Pair direct = mul(Pair{g[k], g[k + 1]}, Pair{by_grad[k], by_grad[k + 1]});
-                      const Pair grad_g = fma(mul(x, cdf), Pair{by_g[k], by_g[k + 1]}, direct);
-                      const Pair result = mul(grad_g, slope);
-                      v[k] = result.x, v[k + 1] = result.y;
+                  for_values<A, V>([&](int k, auto value) {
+                    using U = decltype(value);
+                    const U x = get<U>(v, k);
+                    U act = x, slope = both<U>(1);
+                    if constexpr (Gelu) {
+                      const U cdf = normal_cdf(x);
+                      act = mul(x, cdf), slope = fma(x, normal_pdf(x), cdf);
                     }
-                  } else {
-#pragma unroll
-                    for (int k = 0; k < V; ++k) {
-                      if constexpr (Gelu) {
-                        const A cdf = normal_cdf(v[k]);
-                        v[k] = (g[k] * by_grad[k] + v[k] * cdf * by_g[k]) * (cdf + v[k] * normal_pdf(v[k]));
-                      } else {
-                        v[k] = g[k] * by_grad[k] + v[k] * by_g[k];
-                      }
-                    }
-                  }
+                    const U grad_g = fma(get<U>(g, k), get<U>(by_grad, k), mul(act, get<U>(by_g, k)));
+                    if constexpr (Gelu) put(v, k, mul(grad_g, slope));
+                    else put(v, k, grad_g);
+                  });
                   store(grad_x + row * p.channels, V, true, v);
                 });
   }
