@@ -1,5 +1,6 @@
-// Two floats in neighbouring registers, and formulas that serve one value and two. GPUs from Blackwell on add, multiply and
-// multiply-add both in one instruction, rounding as for one; elsewhere values are worked on one by one: pairs would only cost registers.
+// Two floats in neighbouring registers, and formulas that serve one value and two. GPUs of compute capability 10 add, multiply and
+// multiply-add both in one instruction, rounding as for one; elsewhere (12, too) values are worked on one by one: pairs would only cost
+// registers.
 #pragma once
 #include <type_traits>
 
@@ -9,7 +10,7 @@ struct alignas(8) Pair {
   float x, y;
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr bool kHasPairs = true;
 __device__ __forceinline__ unsigned long long bits_of(Pair a) {
   unsigned long long bits;

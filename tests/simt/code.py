@@ -1,7 +1,7 @@
 """What ptxas makes of the kernels: no spills and no local memory on any GPU, and the instructions of the fast paths.
 
 The PTX for compute_80 is assembled for each architecture that we build for; where the source has code of its own for
-Blackwell (`__CUDA_ARCH__`), that for compute_100 for those. nvdisasm (package nvidia-cuda-nvdisasm) shows the code.
+sm_100 (`__CUDA_ARCH__`), that for compute_100 for it. nvdisasm (package nvidia-cuda-nvdisasm) shows the code.
 And each file compiles for each of them by itself, with no header but ours and CUDA's.
 """
 
@@ -19,7 +19,6 @@ from . import build
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 COPY, LOAD, STORE = "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"
-BLACKWELL = ("sm_100", "sm_120")
 # Room, pattern of a kernel's name without namespaces, instructions that it must have.
 FAST = [
     ("adaln", r"norm_runs(_backward)?<(float, float|bf16, bf16|f16, f16)", (LOAD, STORE)),
@@ -32,7 +31,7 @@ FAST = [
     ("sparse_depthwise_conv", r"(forward|weight)_strips<", (COPY,)),
 ]
 
-# The same on Blackwell: two floats an instruction.
+# The same for sm_100, which works on two floats an instruction.
 PAIRED = [("grn", r"(sum_tiles|apply_(forward|backward))<(float, 4|bf16, 8|f16, 8), true", ("FFMA2", "FMUL2"))]
 
 
@@ -99,7 +98,7 @@ def demangle(symbol: str) -> str:
 
 def ptx_for(source: Path, architecture: str) -> Path:
     include = build.ROOT / "csrc"
-    newer = architecture in BLACKWELL and "__CUDA_ARCH__" in build.source_text(source, include)
+    newer = architecture == "sm_100" and "__CUDA_ARCH__" in build.source_text(source, include)
     return build.nvcc_output(source, "compute_100" if newer else "compute_80", include) / "kernels.ptx"
 
 
@@ -112,9 +111,8 @@ def problems(room: str, ptx: dict[str, Path]) -> list[str]:
             if row["spills"] or row["local"]:
                 name = demangle(symbol).split("(")[0]
                 found.append(f"{room}: {name}, {architecture}: {row['spills']} bytes spilled, {row['local']} local")
-    for architecture, of, pattern, wanted in [("sm_80", *row) for row in FAST] + [
-        (a, *row) for a in BLACKWELL for row in PAIRED
-    ]:
+    rows = [("sm_80", *row) for row in FAST] + [("sm_100", *row) for row in PAIRED]
+    for architecture, of, pattern, wanted in rows:
         if of != room:
             continue
         opcodes = opcodes_of(assembled(ptx[architecture], architecture) / "kernels.cubin")
