@@ -88,9 +88,8 @@ def convnext_block(
         pwconv2_weight,
         pwconv2_bias,
     )
-    if (
-        getattr(x, "dtype", None) is getattr(pwconv1_weight, "dtype", None) is torch.float32
-    ):  # else the branch has another
+    # In other dtypes the branch may have one of its own.
+    if getattr(x, "dtype", None) is getattr(pwconv1_weight, "dtype", None) is torch.float32:
         out = at_once(library.convnext_block_fwd.default, x, *given, eps)
         if out is not None:
             return out
