@@ -16,7 +16,7 @@ help:
 	@echo "make arm-check compile all CPU sources for 64-bit Arm; needs a cross-compiler, not an Arm"
 	@echo "make simt      run the CUDA kernels without a GPU, every access checked; needs nvcc, not a GPU"
 	@echo "make mutants   break those kernels one place at a time, to see that the tests notice; up to an hour"
-	@echo "make gpu-bound lower bounds of the kernels' times on four GPUs, counted without one; two minutes after the build"
+	@echo "make gpu-bound lower bounds of the kernels' times on four GPUs, counted without one"
 	@echo "make gpu-check build for this machine's GPU, test and time the kernels on it; DRY=1: the same, tiny, without a GPU"
 	@echo "make bench     time operators and models against their rivals; results in benchmarks/results/"
 	@echo "make docs      the documentation as pages, in build/site/"

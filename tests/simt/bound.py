@@ -8,9 +8,8 @@ which no kernel can beat: the operator's tensors moved once, or its arithmetic a
 
 PTX stands in for the machine's instructions: those that ptxas drops (moves, conversions of pointers, reads of
 parameters) are left out, others it may fold or add. B200's is PTX for compute_100, whose instructions on two floats
-(`.f32x2`) take one slot of issue and, as is assumed, the time of two in the pipe: NVIDIA states 128 multiply-adds a
-clock and multiprocessor, and nothing of pairs. Latency, launches, clocks below the peak and an L2 that keeps a
-tensor from one launch to the next are not in it.
+(`.f32x2`) take one slot of issue and, as is assumed, the time of two in the pipe. Latency, launches, clocks below the
+peak and an L2 that keeps a tensor from one launch to the next are not in it.
 """
 
 from __future__ import annotations
